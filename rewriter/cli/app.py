@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``rewriter inspect | plan | apply | optimize | diff | verify | passes | export``.
+
+Exit codes: 0 done, 1 refused or a promise broken, 2 usage, 130 interrupted. Results go to stdout, alone and as JSON
+with ``--json``; progress and logs go to stderr. Output paths are tried before any work is done.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import rewriter
+from rewriter import registry
+from rewriter.cli import inspecting, jobs, loading
+from rewriter.cli import options as o
+from rewriter.cli.console import json_text, progress_bar, quieten, refusing, show
+from rewriter.cli.jobs import DEFAULT_ROWS, Job
+from rewriter.errors import ExportError, PlanError
+from rewriter.files import atomic_file, check_writable
+from rewriter.layout import add, human_bytes, table
+from rewriter.storage import check_target
+
+app = typer.Typer(
+    name="rewriter",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Rewrite PyTorch models: find subgraphs, replace them by cheaper ones, see what it cost, export.",
+    epilog=o.examples(
+        "rewriter inspect examples/tiny_lm",
+        "rewriter optimize examples/tiny_lm --passes fuse,shift_add,vq_logits --onnx out.onnx",
+        "rewriter optimize --help",
+    ),
+)
+
+
+@app.command(epilog=o.examples("rewriter passes", "rewriter passes shift_add"))
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[PASS]", help="Show the options of this one.")] = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """List the passes, or the options of one with their meaning."""
+    with refusing():
+        known = registry.known()
+        if name is not None and name not in known:
+            registry.make(name, {})  # raises, naming the nearest
+        found = [loading.describe_pass(cls) for key, cls in known.items() if name in (None, key)]
+        show(
+            inspecting.pass_options(found[0]) if name else inspecting.pass_list(found),
+            found[0] if name else found,
+            as_json,
+        )
+
+
+@app.command(
+    epilog=o.examples(
+        "rewriter inspect examples/tiny_lm",
+        "rewriter inspect mypackage.models:build --passes shift_add:bits=3",
+        "rewriter inspect examples/tiny_lm --site model.layers.0.self_attn",
+    )
+)
+def inspect(
+    model: o.Model,
+    passes: o.Passes = "fuse,shift_add:embeddings=true,vq_logits",
+    site: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Show the graph nodes of this module instead.")
+    ] = None,
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    as_json: o.AsJson = False,
+) -> None:
+    """Show the module tree with sizes and what each pass could take, or the nodes of one module."""
+    with refusing():
+        job = Job(model, passes, example_inputs, static=static_shapes, dtype=dtype)
+        with progress_bar() as tell:
+            module, program = jobs.captured(job, tell)
+            chosen = loading.parse_passes(passes)
+            kind = type(module).__name__
+            found = inspecting.site(program, site) if site else inspecting.overview(kind, program, chosen)
+        show(*found, as_json)
+
+
+@app.command(
+    epilog=o.examples(
+        "rewriter plan examples/tiny_lm -p fuse,shift_add --out plan.json",
+        "rewriter plan examples/tiny_lm -p shift_add --select lm_head=none --expect shift_add=28",
+    )
+)
+def plan(
+    model: o.Model,
+    passes: o.Passes,
+    select: o.Select = None,
+    expect: o.Expect = None,
+    allow_untrained: o.AllowUntrained = True,
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    calibration: o.Calibration = None,
+    calibration_rows: o.Rows = DEFAULT_ROWS,
+    seed: o.Seed = 0,
+    out: o.PlanOut = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Decide which pass takes which site, and change nothing."""
+    with refusing():
+        if out is not None:
+            check_writable(out)
+        job = Job(
+            model,
+            passes,
+            example_inputs,
+            calibration,
+            calibration_rows,
+            loading.parse_pairs(select or [], "--select"),
+            loading.parse_counts(expect or []),
+            seed,
+            dtype,
+            static_shapes,
+            allow_untrained=allow_untrained,
+        )
+        with progress_bar() as tell:
+            made = jobs.planned(job, tell)
+        if out is not None:
+            _write_json(out, made.to_json())
+        show(made, made.to_json(), as_json)
+
+
+@app.command(epilog=o.examples("rewriter apply examples/tiny_lm --plan plan.json --out rewritten"))
+def apply(
+    model: o.Model,
+    plan: Annotated[Path, typer.Option("--plan", metavar="FILE", help="A plan written by rewriter plan --out.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the rewritten model is written.")],
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    calibration: o.Calibration = None,
+    calibration_rows: o.Rows = DEFAULT_ROWS,
+    as_json: o.AsJson = False,
+) -> None:
+    """Apply a stored plan to a checkpoint of the same architecture and save the result."""
+    with refusing():
+        check_target(out)
+        job = Job(
+            model,
+            "",
+            example_inputs,
+            calibration,
+            calibration_rows,
+            dtype=dtype,
+            static=static_shapes,
+            plan=_read_plan(plan),
+        )
+        with progress_bar() as tell:
+            done = jobs.optimized(job, tell)
+            done.opt.save(out)
+        show(done.report, done.report.to_json(), as_json)
+
+
+@app.command(
+    epilog=o.examples(
+        "rewriter optimize examples/tiny_lm -p fuse,shift_add:embeddings=true --onnx out/tiny_lm.onnx",
+        "rewriter optimize models/lm -p vq_logits --calibration tokens.safetensors --evaluate test.safetensors",
+        "rewriter optimize mypackage.models:build -p shift_add:bits=3 --save out/model --json",
+        "rewriter optimize models/lm -p shift_add --select lm_head=none --expect shift_add=28",
+    )
+)
+def optimize(
+    model: o.Model,
+    passes: o.Passes,
+    select: o.Select = None,
+    expect: o.Expect = None,
+    allow_untrained: o.AllowUntrained = True,
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    calibration: o.Calibration = None,
+    calibration_rows: o.Rows = DEFAULT_ROWS,
+    evaluate: o.Evaluate = None,
+    evaluate_rows: o.EvaluateRows = 32,
+    seed: o.Seed = 0,
+    target: o.Target = None,
+    strict: o.Strict = False,
+    keep_original: o.KeepOriginal = True,
+    onnx: o.Onnx = None,
+    opset: o.Opset = 24,
+    save: o.Save = None,
+    report: o.ReportFile = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Rewrite a model, report what it cost, and export."""
+    with refusing():
+        _check_outputs([p for p in (onnx, report) if p is not None], save)
+        job = Job(
+            model,
+            passes,
+            example_inputs,
+            calibration,
+            calibration_rows,
+            loading.parse_pairs(select or [], "--select"),
+            loading.parse_counts(expect or []),
+            seed,
+            dtype,
+            static_shapes,
+            target,
+            strict,
+            allow_untrained,
+            keep_original,
+        )
+        tokens = None if evaluate is None else loading.load_tokens(evaluate, evaluate_rows)
+        with progress_bar() as tell:
+            done = jobs.optimized(job, tell)
+            figures = {} if tokens is None else jobs.measured(done, tokens, tell)
+            if onnx is not None:
+                figures |= jobs.exported(done, onnx, opset, tell)
+            if save is not None:
+                tell("save", 0, 1)
+                done.opt.save(save)
+        result = done.report.with_measurements(figures)
+        if report is not None:
+            _write_json(report, result.to_json())
+        show(result, result.to_json(), as_json)
+
+
+@app.command(
+    epilog=o.examples(
+        "rewriter diff examples/tiny_lm -p fuse",
+        "rewriter diff examples/tiny_lm -p fuse,shift_add --site model.layers.0.self_attn",
+    )
+)
+def diff(
+    model: o.Model,
+    passes: o.Passes,
+    select: o.Select = None,
+    expect: o.Expect = None,
+    site: Annotated[str | None, typer.Option(metavar="PATH", help="Only what changed at or below this module.")] = None,
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    calibration: o.Calibration = None,
+    calibration_rows: o.Rows = DEFAULT_ROWS,
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """Show the graph before and after rewriting, side by side."""
+    with refusing():
+        job = Job(
+            model,
+            passes,
+            example_inputs,
+            calibration,
+            calibration_rows,
+            loading.parse_pairs(select or [], "--select"),
+            loading.parse_counts(expect or []),
+            seed,
+            dtype,
+            static_shapes,
+        )
+        with progress_bar() as tell:
+            found = jobs.optimized(job, tell).opt.diff().below(site)
+        show(found, found.to_json(), as_json)
+
+
+@app.command(
+    epilog=o.examples("rewriter verify examples/tiny_lm", "rewriter verify mypackage.models:build -p fuse:qkv=false")
+)
+def verify(
+    model: o.Model,
+    passes: o.Passes = "fuse",
+    select: o.Select = None,
+    expect: o.Expect = None,
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """Compare the original and the rewritten program by the golden run (float64, gradients included).
+
+    Exit code 1 if they differ by more than rounding, as all passes do that are not EXACT.
+    """
+    with refusing():
+        job = Job(
+            model,
+            passes,
+            example_inputs,
+            select=loading.parse_pairs(select or [], "--select"),
+            expect=loading.parse_counts(expect or []),
+            seed=seed,
+            dtype=dtype,
+            static=static_shapes,
+        )
+        with progress_bar() as tell:
+            verdict = jobs.verified(job, tell)
+        show(verdict, verdict.to_json(), as_json)
+        if not verdict.passed:
+            raise typer.Exit(1)
+
+
+@app.command(
+    epilog=o.examples(
+        "rewriter optimize examples/tiny_lm -p shift_add --save out/model",
+        "rewriter export out/model --onnx out/model.onnx",
+    )
+)
+def export(
+    model: o.ModelOrSaved,
+    out: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The ONNX file to write.")],
+    opset: o.Opset = 24,
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    as_json: o.AsJson = False,
+) -> None:
+    """Write ONNX that plain ONNX Runtime runs, from a saved or an original model."""
+    with refusing():
+        _check_outputs([out], None)
+        with progress_bar() as tell:
+            if loading.is_saved(model):
+                source: Any = rewriter.load(model)
+            else:
+                source = jobs.captured(Job(model, "", example_inputs, static=static_shapes, dtype=dtype), tell)[1]
+            tell("export", 0, 1)
+            made = rewriter.export_onnx(source, out, opset=opset)
+        data = {
+            "path": str(made.path),
+            "bytes": made.bytes,
+            "opset": made.opset,
+            "ir_version": made.ir_version,
+            "external_data": made.external_data,
+            "functions": list(made.functions),
+            "inputs": [vars(p) for p in made.inputs],
+            "outputs": [vars(p) for p in made.outputs],
+        }
+        rows = table("ONNX", str(made.path))
+        add(rows, "size", human_bytes(made.bytes) + (" with external data" if made.external_data else ""))
+        add(rows, "opset, IR version", f"{made.opset}, {made.ir_version}")
+        for kind, ports in (("input", made.inputs), ("output", made.outputs)):
+            for port in ports:
+                add(rows, kind, f"{port.name} {port.dtype.lower()}[{', '.join(map(str, port.shape))}]")
+        add(rows, "functions", ", ".join(made.functions) or "none: standard operators only")
+        show(rows, data, as_json)
+
+
+def _check_outputs(files: list[Path], folder: Path | None) -> None:
+    """Refuse what could not be written, before hours of work. Raises ExportError."""
+    for path in files:
+        if path.is_dir():
+            raise ExportError(f"cannot write {path}: it is a folder; give the name of a file")
+        check_writable(path)
+    if folder is not None:
+        check_target(folder)
+
+
+def _read_plan(path: Path) -> rewriter.Plan:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path}: not a readable plan ({error}); rewriter plan --out writes one") from error
+    if not isinstance(data, dict):
+        raise PlanError(f"{path}: not a plan; rewriter plan --out writes one")
+    return rewriter.Plan.from_json(data)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    with atomic_file(path, ExportError) as temporary:
+        temporary.write_text(json_text(data))
+
+
+def main() -> None:
+    """Console entry point."""
+    quieten()
+    app()

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planning: which rule takes which site. A plan is decisions, never tensors, and can be read before anything changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rewriter import registry, store
+from rewriter.editing import Editor
+from rewriter.errors import LegalityError, PlanError
+from rewriter.matcher import Miss
+from rewriter.modes import neutral
+from rewriter.narrow import all_finite
+from rewriter.program import Program
+from rewriter.rules import Address, Pass, Rule, Site, full_names, locate
+
+if TYPE_CHECKING:
+    from rewriter.calibration import Statistics
+
+SCHEMA = 1
+_WEIGHTS = "weights"  # the step of a miss whose weights cannot be rewritten
+Selection = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One decision: this rule, with these settings and choices, at this address."""
+
+    address: Address
+    paths: tuple[str, ...]
+    pass_name: str
+    rule: str
+    version: int
+    settings: Mapping[str, Any]
+    choice: Mapping[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions, in the order they apply, and (not stored) what was left alone and why."""
+
+    structure: str
+    sites: tuple[PlannedSite, ...] = ()
+    statistics_digest: str | None = None
+    misses: tuple[Miss, ...] = field(default=(), compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "structure": self.structure,
+            "statistics": self.statistics_digest,
+            "sites": [_site_to_json(s) for s in self.sites],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Raises PlanError for a plan of a newer schema or with unknown passes or rules."""
+        if data.get("schema") != SCHEMA:
+            raise PlanError(f"plan schema {data.get('schema')!r} is not the one this version reads ({SCHEMA})")
+        try:
+            plan = cls(str(data["structure"]), tuple(_site_from_json(s) for s in data["sites"]), data.get("statistics"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"not a plan: {error!r} is missing or of the wrong kind") from error
+        for site in plan.sites:
+            rule_of(site)
+        return plan
+
+    def __rich__(self) -> Any:
+        from rewriter.rendering import plan_table
+
+        return plan_table(self)
+
+
+@neutral()
+def plan(
+    program: Program,
+    passes: Sequence[str | Pass],
+    *,
+    select: Selection | None = None,
+    expect: Mapping[str, int] | None = None,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    allow_untrained: bool = True,
+) -> Plan:
+    """Decide which site gets which rule.
+
+    EXACT passes come first and are applied to a scratch copy; approximate passes then match that one program, and a
+    site wanted by two goes to: ``select``, then the more specific view, then list order. The loser is a miss.
+
+    Args:
+        program: what to rewrite; not changed.
+        passes: names, instances, or a mixture.
+        select: module path, or ``re:`` and a regular expression, -> pass name, or None to protect. An exact path beats
+            a regular expression, the first expression wins.
+        expect: pass or rule name -> number of sites; any other number is an error.
+        statistics: what :func:`rewriter.calibrate` collected.
+        seed: seeds every random draw together with the site's address and the rule.
+
+    Raises:
+        PlanError: unknown pass or option, ``expect`` or an exact ``select`` not met.
+        LegalityError: a site that ``select`` names exactly would be unsound to rewrite, or weights that ``expect``
+            counts on cannot be rewritten.
+    """
+    resolved = registry.resolve(passes)
+    chosen = _Selector(select or {}, [p.name for p in resolved])
+    _refuse_untrained(resolved, allow_untrained)
+    scratch = program.fork(_copy_of_store(program))
+    sites: list[PlannedSite] = []
+    misses: list[Miss] = []
+    for one in (p for p in resolved if p.contract.exact):
+        for rule in one.rules():
+            taken, missed = _take(scratch, [(one, rule)], chosen, statistics, seed)
+            misses += missed
+            sites += [planned for planned, _ in taken]
+            _apply_structure(scratch, taken)
+    rest = [(p, rule) for p in resolved if not p.contract.exact for rule in p.rules()]
+    taken, missed = _take(scratch, rest, chosen, statistics, seed)
+    sites += [planned for planned, _ in taken]
+    misses += missed
+    chosen.check(sites, misses)
+    _check_expected(expect or {}, sites, misses, resolved)
+    used = statistics is not None and any(not p.contract.exact for p in resolved)
+    return Plan(
+        program.digest(), tuple(sites), statistics.digest() if used and statistics else None, _without_nodes(misses)
+    )
+
+
+def _without_nodes(misses: Iterable[Miss]) -> tuple[Miss, ...]:
+    """What a plan keeps of its misses: text. A node would keep the scratch graph alive, and cannot be pickled."""
+    return tuple(dict.fromkeys(dataclasses.replace(m, node=None) for m in misses))
+
+
+def rule_of(site: PlannedSite) -> Rule:
+    """The rule a planned site names, configured. Raises PlanError."""
+    one = registry.make(site.pass_name, site.settings)
+    for rule in one.rules():
+        if rule.name == site.rule:
+            if rule.version != site.version:
+                raise PlanError(
+                    f"rule {site.rule} is version {rule.version} here, {site.version} in the plan; plan again"
+                )
+            return rule
+    raise PlanError(f"pass {site.pass_name!r} has no rule {site.rule!r} with settings {dict(site.settings)}")
+
+
+def generator_for(site: PlannedSite) -> torch.Generator:
+    """The site's own random stream: a function of (seed, address, rule) and nothing else."""
+    return _generator(site.seed, site.address, site.rule)
+
+
+def _generator(seed: int, address: Address, rule: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{address}/{rule}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+# ------------------------------------------------------------------------------------------------- who gets what
+
+
+def _take(
+    program: Program, rules: Sequence[tuple[Pass, Rule]], chosen: _Selector, statistics: Statistics | None, seed: int
+) -> tuple[list[tuple[PlannedSite, Site]], list[Miss]]:
+    """Sites of several rules on one program, conflicts settled; in rule order, then graph order."""
+    candidates: list[tuple[Pass, Rule, Site]] = []
+    misses: list[Miss] = []
+    for one, rule in rules:
+        found = locate(rule, program)
+        misses += found.misses
+        for site in found.sites:
+            protected = chosen.forbids(one.name, site)
+            reason = protected or _bad_weights(program, site)
+            if reason is not None:
+                misses.append(_miss(program, site, reason, "plan" if protected else _WEIGHTS))
+                continue
+            candidates.append((one, rule, site))
+    owner: dict[Any, tuple[Pass, Rule, Site]] = {}
+    ranked = sorted(
+        candidates, key=lambda c: (not chosen.names(c[0].name, c[2]), -c[1].specificity)
+    )  # stable: list order
+    winners: set[int] = set()
+    for candidate in ranked:
+        site = candidate[2]
+        taken_by = next((owner[n] for n in site.roots if n in owner), None)
+        if taken_by is not None:
+            misses.append(_miss(program, site, f"taken by {taken_by[1].name}"))
+            continue
+        winners.add(id(candidate))
+        owner |= dict.fromkeys(site.roots, candidate)
+    taken = []
+    for candidate in candidates:
+        if id(candidate) not in winners:
+            continue
+        one, rule, site = candidate
+        choice = rule.settle(site, program, statistics, _generator(seed, site.address, rule.name))
+        planned = PlannedSite(site.address, site.paths, one.name, rule.name, rule.version, one.settings(), choice, seed)
+        taken.append((planned, site))
+    return taken, misses
+
+
+def _bad_weights(program: Program, site: Site) -> str | None:
+    """Weights no rule can take new parameters from."""
+    for name in site.rule.replaced_tensors(site.match):
+        tensor = program.tensor(name)
+        if name.startswith(store.CONSTANTS + "."):
+            return "the weight is a constant of the model's code, not a parameter or buffer"
+        if tensor.is_complex():
+            return f"weight {name!r} is complex ({tensor.dtype}); only real floating weights can be rewritten"
+        if not tensor.is_floating_point():
+            return f"weight {name!r} is an integer tensor ({tensor.dtype}); only real floating weights can be rewritten"
+        if isinstance(tensor, torch._subclasses.FakeTensor):
+            continue  # made by an exact rule from tensors that were checked
+        if not all_finite(tensor):
+            return f"weight {name!r} has NaN or infinite values; repair the checkpoint before it is rewritten"
+    return None
+
+
+def _miss(program: Program, site: Site, reason: str, step: str = "plan") -> Miss:
+    return Miss(
+        rule=site.rule.name,
+        site=site.address.path,
+        step=step,
+        reason=reason,
+        expected="",
+        found="",
+        source=program.facts.source(site.match.root),
+    )
+
+
+def _apply_structure(scratch: Program, taken: Sequence[tuple[PlannedSite, Site]]) -> None:
+    """Edit the scratch graph as apply would, with fake tensors in place of new parameters."""
+    editor = Editor(scratch)
+    for planned, site in taken:
+        tensors = declare(editor, planned, site)
+        editor.rewrite(site, tensors, planned.choice)
+        for name, tensor in tensors.items():
+            store.put(scratch.root, name, tensor)
+    editor.finish()
+
+
+def declare(editor: Editor, planned: PlannedSite, site: Site) -> dict[str, Tensor]:
+    """The new parameters of an exact site as fake tensors, by full name: shapes and dtypes without values."""
+    nodes = editor.program.parameter_nodes()
+
+    def read(name: str) -> Tensor:
+        value: Tensor = nodes[name].meta["val"]
+        return value
+
+    with editor.fake_mode:
+        roles = site.rule.initialise(site, read, planned.choice, None, generator_for(planned))
+    names = full_names(site.rule, site, planned.choice)
+    return dict(zip(names, (roles[r] for r in site.rule.roles(site.match, planned.choice)), strict=True))
+
+
+def _copy_of_store(program: Program) -> torch.nn.Module:
+    root = store.Namespace()
+    for name, tensor in store.tensors(program.root):
+        store.put(root, name, tensor)
+    return root
+
+
+# ------------------------------------------------------------------------------------------------------- select
+
+
+class _Selector:
+    """The user's ``select``: exact names beat regular expressions, the first expression wins, None protects."""
+
+    def __init__(self, select: Selection, passes: Sequence[str]) -> None:
+        for pattern, target in select.items():
+            if target is not None and target not in passes:
+                raise PlanError(
+                    f"select[{pattern!r}] names pass {target!r}, which is not among passes={list(passes)}{registry.nearest(target, passes)}"
+                )
+        self.exact = {k: v for k, v in select.items() if not k.startswith("re:")}
+        try:
+            self.patterns = [(re.compile(k[3:]), v) for k, v in select.items() if k.startswith("re:")]
+        except re.error as error:
+            raise PlanError(f"select: {error.pattern!r} is not a regular expression: {error}") from error
+
+    def _entry(self, site: Site) -> tuple[str, str | None] | None:
+        paths = dict.fromkeys((*site.paths, site.address.path))
+        for path in paths:
+            if path in self.exact:
+                return path, self.exact[path]
+        for pattern, target in self.patterns:
+            for path in paths:
+                if pattern.fullmatch(path):
+                    return f"re:{pattern.pattern}", target
+        return None
+
+    def forbids(self, pass_name: str, site: Site) -> str | None:
+        entry = self._entry(site)
+        if entry is None or entry[1] == pass_name:
+            return None
+        key, target = entry
+        return f"protected by select[{key!r}]" if target is None else f"given to {target} by select[{key!r}]"
+
+    def names(self, pass_name: str, site: Site) -> bool:
+        entry = self._entry(site)
+        return entry is not None and entry[1] == pass_name
+
+    def check(self, sites: Sequence[PlannedSite], misses: Sequence[Miss]) -> None:
+        """Every exact entry with a pass must have been met."""
+        for path, target in self.exact.items():
+            if target is None or any(s.pass_name == target and path in (*s.paths, s.address.path) for s in sites):
+                continue
+            reasons = [m for m in misses if m.site == path]
+            if reasons:
+                raise LegalityError(
+                    f"select asks for {target} at {path!r}, which is refused: " + "; ".join(map(str, reasons[:3]))
+                )
+            known = sorted({p for s in sites for p in s.paths} | {m.site for m in misses if m.site})
+            raise PlanError(
+                f"select asks for {target} at {path!r}, but nothing there matches{registry.nearest(path, known)}"
+            )
+
+
+def _check_expected(
+    expect: Mapping[str, int], sites: Sequence[PlannedSite], misses: Sequence[Miss], passes: Sequence[Pass]
+) -> None:
+    rules = {rule.name: p.name for p in passes for rule in p.rules()}
+    for name, count in expect.items():
+        if name not in rules and name not in rules.values():
+            raise PlanError(
+                f"expect names {name!r}, which is neither pass nor rule{registry.nearest(name, [*rules, *rules.values()])}"
+            )
+        found = sum(name in (s.pass_name, s.rule) for s in sites)
+        if found != count:
+            near = [m for m in misses if m.rule == name or rules.get(m.rule) == name]
+            near.sort(
+                key=lambda m: (m.step not in ("plan", "guard"), -m.depth)
+            )  # matched and refused, then nearly matched
+            listed = "".join(f"\n  {m}" for m in near[:5]) or "\n  no near misses"
+            unfit = found < count and any(m.step == _WEIGHTS for m in near)
+            error = LegalityError if unfit else PlanError
+            raise error(f"expected {count} sites of {name}, found {found}; nearest misses:{listed}")
+
+
+def _refuse_untrained(passes: Iterable[Pass], allowed: bool) -> None:
+    if allowed:
+        return
+    for one in passes:
+        if one.contract.kind == "LEARNED":
+            raise PlanError(
+                f"{one.name} needs training to be good and allow_untrained=False; give recover= or leave it out"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------- JSON
+
+
+def _site_to_json(site: PlannedSite) -> dict[str, Any]:
+    a = site.address
+    return {
+        "address": {"path": a.path, "role": a.role, "ordinal": a.ordinal, "digest": a.digest},
+        "paths": list(site.paths),
+        "pass": site.pass_name,
+        "rule": site.rule,
+        "version": site.version,
+        "settings": dict(site.settings),
+        "choice": dict(site.choice),
+        "seed": site.seed,
+    }
+
+
+def _site_from_json(data: Mapping[str, Any]) -> PlannedSite:
+    a = data["address"]
+    address = Address(str(a["path"]), str(a["role"]), int(a["ordinal"]), str(a["digest"]))
+    return PlannedSite(
+        address,
+        tuple(data["paths"]),
+        str(data["pass"]),
+        str(data["rule"]),
+        int(data["version"]),
+        dict(data["settings"]),
+        dict(data["choice"]),
+        int(data["seed"]),
+    )
+
+
+def dumps(plan: Plan) -> str:
+    """Canonical JSON: the same plan gives the same bytes."""
+    return json.dumps(plan.to_json(), indent=1, sort_keys=True)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules and passes: what a rewrite matches, what it promises, how weights become new parameters, what replaces what.
+
+Rule = view or pattern + guards + contract + initialisation + replacement
+Pass = a family's options and the rules they configure
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from rewriter.matcher import Match, Miss
+
+if TYPE_CHECKING:
+    from rewriter.calibration import Statistics
+    from rewriter.editing import Editor
+    from rewriter.program import Program
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a rule promises about the outputs."""
+
+    kind: str
+    recipe: str = ""
+    metric: str = ""
+    eps: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        return self.kind == "EXACT"
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.metric} ≤ {self.eps:g})" if self.metric else self.kind
+
+
+EXACT = Contract("EXACT")
+
+
+def BOUNDED(metric: str, eps: float) -> Contract:
+    """The error is bounded by computation, not by hope."""
+    return Contract("BOUNDED", metric=metric, eps=eps)
+
+
+def CALIBRATED(recipe: str) -> Contract:
+    """Closed form from weights (and calibration data); the error is measured per site."""
+    return Contract("CALIBRATED", recipe=recipe)
+
+
+def LEARNED(recipe: str) -> Contract:
+    """Needs training to be good; applied without it, it warns and the report says "untrained"."""
+    return Contract("LEARNED", recipe=recipe)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a site is, in terms that outlive torch releases: never an FX node name."""
+
+    path: str
+    role: str
+    ordinal: int
+    digest: str
+
+    def __str__(self) -> str:
+        number = f"#{self.ordinal}" if self.ordinal else ""
+        return f"{self.path}:{self.role}{number}@{self.digest}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place a rule applies to: all the matches that read the same parameters (a shared layer is one site)."""
+
+    rule: Rule
+    address: Address
+    matches: tuple[Match, ...]
+    paths: tuple[str, ...]
+
+    @property
+    def match(self) -> Match:
+        return self.matches[0]
+
+    @property
+    def roots(self) -> frozenset[Node]:
+        return frozenset(n for m in self.matches for n in self.rule.replaced_nodes(m))
+
+
+class Rule(ABC):
+    """One rewrite. Subclasses are small: a view, guards, an initialisation and a replacement."""
+
+    name: ClassVar[str]
+    role: ClassVar[str]  # the view's name, part of every address
+    contract: ClassVar[Contract]
+    version: ClassVar[int] = 1
+    parametric: ClassVar[bool] = False  # whether it replaces parameters, so that every program must have its sites
+    specificity: ClassVar[int] = 0  # a more specific view wins a site: Head over Linear
+
+    @abstractmethod
+    def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
+        """Matches in graph order, and near misses with their reasons."""
+
+    def refusal(self, program: Program, match: Match) -> str | None:
+        """Why this match must be left alone, or None."""
+        return None
+
+    def recall(self, program: Program, address: Address, choice: Mapping[str, Any]) -> Sequence[Match]:
+        """Matches of a planned site in another program of the same model, where :meth:`find` no longer sees it."""
+        return ()
+
+    def replaced_nodes(self, match: Match) -> tuple[Node, ...]:
+        """Nodes whose value the replacement takes over (several for several outputs)."""
+        return (match.root,)
+
+    def replaced_tensors(self, match: Match) -> tuple[str, ...]:
+        """Names of the tensors the new parameters stand for."""
+        return ()
+
+    def prefix(self, match: Match) -> str:
+        """Module path the new parameters live under."""
+        return module_path(match.root)
+
+    def settle(
+        self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Choices made when planning (JSON values), e.g. a structure chosen by measured error."""
+        return {}
+
+    def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
+        """Roles of the new parameters, in order; their names are ``<prefix>.<role>``."""
+        return ()
+
+    def initialise(
+        self,
+        site: Site,
+        read: Callable[[str], Tensor],
+        choice: Mapping[str, Any],
+        statistics: Statistics | None,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """New tensors by role, from the old ones: Parameters where they train, plain tensors for buffers."""
+        return {}
+
+    @abstractmethod
+    def rewrite(
+        self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
+    ) -> Mapping[Node, Node]:
+        """Build the replacement through ``edit``; return old node -> new node."""
+
+    def needs(self, match: Match) -> Mapping[str, Node]:
+        """Statistics wanted: kind (see :data:`rewriter.calibration.KINDS`) -> node whose values to observe."""
+        return {}
+
+    def measure(
+        self,
+        site: Site,
+        before: Callable[[str], Tensor],
+        after: Mapping[str, Tensor],
+        choice: Mapping[str, Any],
+        statistics: Statistics | None,
+    ) -> dict[str, float]:
+        """Figures for the report, computed from the tensors at hand."""
+        return {}
+
+    def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
+        """The site as a module to stand in the user's class, or None where it cannot."""
+        return None
+
+    def restore(
+        self, part: Callable[[int, int], Any], replaced: Sequence[str], choice: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """For a rule that merged tensors by rows: name of each original weight -> ``part(first row, last row + 1)``."""
+        return None
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A family's options; subclasses are frozen dataclasses whose fields are the options."""
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+
+    @abstractmethod
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules these options configure, in the order they apply."""
+
+    def settings(self) -> dict[str, Any]:
+        """The options as JSON values; ``type(self)(**settings)`` gives the pass back."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Sites found, and what was refused with reasons."""
+
+    sites: tuple[Site, ...] = ()
+    misses: tuple[Miss, ...] = field(default=())
+
+
+def full_names(rule: Rule, site: Site, choice: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the parameters ``rule`` makes at ``site``."""
+    prefix = rule.prefix(site.match)
+    return tuple(f"{prefix}.{role}" if prefix else role for role in rule.roles(site.match, choice))
+
+
+def locate(rule: Rule, program: Program) -> Refusals:
+    """All sites of ``rule`` in graph order, each with its address; refused matches become misses."""
+    matches, misses = rule.find(program)
+    kept: list[Match] = []
+    refused = [dataclasses.replace(miss, rule=rule.name) for miss in misses]  # a view's misses carry the view's name
+    for match in matches:
+        reason = rule.refusal(program, match)
+        if reason is None:
+            kept.append(match)
+            continue
+        refused.append(
+            Miss(
+                rule=rule.name,
+                site=match.path,
+                step="guard",
+                reason=reason,
+                expected="",
+                found="",
+                source=program.facts.source(match.root),
+            )
+        )
+    groups: dict[Any, list[Match]] = {}
+    for match in kept:
+        groups.setdefault(rule.replaced_tensors(match) or match.root, []).append(match)
+    counted: dict[str, int] = {}
+    sites = []
+    for group in groups.values():
+        path = rule.prefix(group[0])
+        ordinal = counted[path] = counted.get(path, -1) + 1
+        address = Address(path, rule.role, ordinal, _digest(rule, program, group[0]))
+        paths = dict.fromkeys(p for match in group for p in match.paths)
+        sites.append(Site(rule, address, tuple(group), tuple(paths)))
+    return Refusals(tuple(sites), tuple(refused))
+
+
+def module_path(node: Node) -> str:
+    """Path of the module a node stands in."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    return str(list(stack.values())[-1][0])
+
+
+def provenance(node: Node) -> dict[str, Any]:
+    """What the rewriter wrote on a node it made: rule, site, and the nodes and paths it came from."""
+    written: dict[str, Any] = (node.meta.get("custom") or {}).get("rewriter", {})
+    return written
+
+
+def _digest(rule: Rule, program: Program, match: Match) -> str:
+    """Structure of a site: its role and the shapes of what it replaces. The same in any dtype, mode, or call."""
+    read = {str(n.target): n for node in match.nodes for n in node.all_input_nodes if n.op == "get_attr"}
+    shapes = [tuple(int(s) for s in read[name].meta["val"].shape) for name in rule.replaced_tensors(match)]
+    return hashlib.sha256(f"{rule.name}/{rule.role}/{shapes}".encode()).hexdigest()[:8]
