@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`KernelSpec`: one declaration from which an operator gets everything torch asks of it.
+
+The *reference* is plain aten and is the single source of truth: it is what runs where no faster kernel is
+registered, what the operator decomposes into for Inductor, MLIR and ONNX, and what every kernel is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+NAMESPACE = "rewriter"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call does: floating-point operations, bytes read and bytes written."""
+
+    flops: int
+    bytes_read: int
+    bytes_written: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops, self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written
+        )
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything torch needs to know about one operator.
+
+    Attributes:
+        name: operator name; the operator is ``torch.ops.rewriter.<name>``. A schema never changes: a new one is
+            ``<name>_v2``.
+        schema: the torch schema without the name, e.g. ``"(Tensor x, Tensor codes, int group) -> Tensor"``.
+        reference: plain aten; must return fresh tensors (no views of inputs). The dtype of every output is a
+            function of the *activations'* dtypes only, the same in eager, fake and compiled execution.
+        fake: shapes and dtypes without data.
+        setup_context: saves for backward (``ctx, inputs, output``).
+        backward: gradient of the operator (``ctx, *grads``), one entry per input.
+        vmap: batching rule (``info, in_dims, *args``) -> (output, out_dims).
+        cost: work of one call, from the same arguments.
+        autocast: names of the activation arguments that autocast casts to its dtype (as it does for ``linear``).
+        launch: kernel for CUDA/HIP devices, or None while only the reference exists.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None]
+    backward: Callable[..., Any]
+    vmap: Callable[..., Any]
+    cost: Callable[..., Cost]
+    autocast: tuple[str, ...] = ()
+    launch: Callable[..., Any] | None = None
+
+    def register(self) -> OpOverload:
+        """Define the operator with torch (once per process) and return its overload."""
+        op = torch.library.custom_op(f"{NAMESPACE}::{self.name}", self.reference, mutates_args=(), schema=self.schema)
+        op.register_fake(self.fake)
+        op.register_autograd(self.backward, setup_context=self.setup_context)
+        op.register_vmap(self.vmap)
+        if self.launch is not None:
+            op.register_kernel("cuda")(self.launch)
+        overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        _register_autocast(overload, self.autocast)
+        REGISTRY[overload] = self
+        return overload
+
+
+# Every registered operator: the decomposition table, the cost model and the exporters read it.
+REGISTRY: dict[OpOverload, KernelSpec] = {}
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """The project-wide decomposition table: operator -> aten reference."""
+    return {op: spec.reference for op, spec in REGISTRY.items()}
+
+
+def _register_autocast(op: OpOverload, names: tuple[str, ...]) -> None:
+    """Under autocast cast the named activations to *its* dtype, then run below autocast.
+
+    ``torch.library.register_autocast`` fixes one dtype at registration; autocast's own is chosen by the user.
+    """
+    positions = [i for i, argument in enumerate(op._schema.arguments) if argument.name in names]
+
+    def rule(device: str) -> Callable[..., Any]:
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+        def cast_and_call(*args: Any, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = [_cast(a, dtype) if i in positions else a for i, a in enumerate(args)]
+            named = {k: _cast(v, dtype) if k in names else v for k, v in kwargs.items()}
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return op(*cast, **named)
+
+        return cast_and_call
+
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(op.name().split("::")[1].removesuffix(".default"), rule(device), f"Autocast{device.upper()}")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
+    return value.to(dtype) if eligible else value

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The families of rewrites. ``rewriter.passes.available()`` lists them with contract and options."""
+
+from __future__ import annotations
+
+from rewriter.passes.fuse import Fuse
+from rewriter.passes.shift_add import ShiftAdd
+from rewriter.passes.vq_logits import VQLogits
+from rewriter.registry import known as available
+from rewriter.rules import Pass
+
+__all__ = ["Fuse", "Pass", "ShiftAdd", "VQLogits", "available"]

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""logits = h Wᵀ + b  ≈  Σ_g ⟨h_g, C_g[a_g(i)]⟩ + b_i  (product)   or   (h Cᵀ)[M(i)] + b_i  (tiers)"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from rewriter import legality
+from rewriter.calibration import Statistics
+from rewriter.editing import Editor
+from rewriter.errors import PlanError
+from rewriter.kernels.vq_logits import op as operators
+from rewriter.matcher import Match, Miss
+from rewriter.passes.vq_logits import choosing, modules
+from rewriter.passes.vq_logits.product import ProductHead, fit_product
+from rewriter.passes.vq_logits.tiers import TiersHead, fit_tiers, floor
+from rewriter.program import Program
+from rewriter.rules import CALIBRATED, Contract, Rule, Site
+from rewriter.views import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from rewriter.passes.vq_logits import VQLogits
+
+_TOKENS_PER_CODE = 10  # of tiers, where nobody says otherwise
+_CODES_PER_GROUP = 256
+
+
+class HeadRule(Rule):
+    """The head gets parameters of its own: one that was tied to the embedding is untied by that."""
+
+    name: ClassVar[str] = "vq_logits.head"
+    role: ClassVar[str] = "head"
+    contract: ClassVar[Contract] = CALIBRATED("clustering of the head's rows")
+    parametric: ClassVar[bool] = True
+    specificity: ClassVar[int] = 1
+
+    def __init__(self, options: VQLogits) -> None:
+        self.options = options
+
+    def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
+        matches = [_with_tokens(program, m) for m in HEAD.find(program)]
+        return matches, [m for m in HEAD.explain(program) if m.node is not None]
+
+    def refusal(self, program: Program, match: Match) -> str | None:
+        reason = legality.refusal(program.facts, match)
+        return None if reason is None else str(reason)
+
+    def replaced_tensors(self, match: Match) -> tuple[str, ...]:
+        return tuple(str(n.target) for n in (match["weight"], match["bias"]) if n is not None)
+
+    def needs(self, match: Match) -> Mapping[str, Node]:
+        wanted = {"sample": match["x"], "second_moment": match["x"]}
+        return wanted | ({"counts": match["ids"]} if match["ids"] is not None else {})
+
+    # ------------------------------------------------------------------------------------------------- choices
+
+    def settle(
+        self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
+    ) -> dict[str, Any]:
+        o = self.options
+        weight, bias = _dense(site.match, program.tensor)
+        tokens, width = weight.shape
+        common = {"in_features": width, "has_bias": bias is not None}
+        if o.structure == "tiers":
+            codes = o.codes if isinstance(o.codes, int) else max(1, tokens // _TOKENS_PER_CODE)
+            _check_codes(codes, tokens)
+            return common | {"structure": "tiers", "codes": codes}
+        codes = o.codes if isinstance(o.codes, int) else min(_CODES_PER_GROUP, tokens)
+        _check_codes(codes, tokens)
+        if o.structure == "product" or statistics is None:
+            return common | {"structure": "product", "codes": codes, "dims": o.dims}
+        chosen = choosing.choose(
+            weight.detach(), head_bias=bias, hidden=statistics.get("sample", site.paths),
+            second_moment=statistics.get("second_moment", site.paths), counts=_counts(statistics, site, tokens),
+            max_kl=o.max_kl, metric=o.metric, generator=generator,
+        )  # fmt: skip
+        tried = [{"dims": c.dims, "codes": c.codes, "bytes": c.bytes, "kl": c.kl} for c in chosen.tried]
+        picked = {"structure": "product", "codes": chosen.chosen.codes, "dims": chosen.chosen.dims}
+        return common | picked | {"max_kl": o.max_kl, "kept": chosen.kept, "tried": tried}
+
+    def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
+        if choice["structure"] == "tiers":
+            biased = self.options.bias or choice["has_bias"]
+            return ("codebook", "code_of", *(["token_bias"] if biased else []))
+        return ("codebook", "codes", *(["bias"] if choice["has_bias"] else []))
+
+    def initialise(
+        self,
+        site: Site,
+        read: Callable[[str], Tensor],
+        choice: Mapping[str, Any],
+        statistics: Statistics | None,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        weight, bias = _dense(site.match, read)
+        head = self._fit(weight.detach(), bias, site, choice, statistics, generator)
+        codes = {"code_of": head.code_of} if isinstance(head, TiersHead) else {"codes": head.codes}
+        offsets = {"token_bias": head.token_bias} if isinstance(head, TiersHead) else {"bias": head.bias}
+        trained = weight.requires_grad
+        made = {"codebook": nn.Parameter(head.codebook, requires_grad=trained), **codes}
+        return made | {k: nn.Parameter(v.detach(), requires_grad=trained) for k, v in offsets.items() if v is not None}
+
+    def _fit(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        site: Site,
+        choice: Mapping[str, Any],
+        statistics: Statistics | None,
+        generator: torch.Generator,
+    ) -> TiersHead | ProductHead:
+        known: dict[str, Any] = {"head_bias": None if bias is None else bias.detach(), "generator": generator}
+        if statistics is not None:
+            sample = statistics.get("sample", site.paths)
+            known |= {
+                "hidden": None if sample is None else choosing.split_sample(sample)[0],  # the rest judges the result
+                "second_moment": statistics.get("second_moment", site.paths),
+                "counts": _counts(statistics, site, weight.shape[0]),
+            }
+        if choice["structure"] == "tiers":
+            return fit_tiers(
+                weight, codes=choice["codes"], singletons=cast(Any, self.options.singletons), bias=self.options.bias,
+                metric=self.options.metric, **known,
+            )  # fmt: skip
+        return fit_product(weight, dims=choice["dims"], codes=choice["codes"], metric=self.options.metric, **known)
+
+    # ------------------------------------------------------------------------------------------------- rewrite
+
+    def rewrite(
+        self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
+    ) -> Mapping[Node, Node]:
+        p = parameters
+        if choice["structure"] == "tiers":
+            return {
+                match.root: edit.call(
+                    operators.vq_logits_tiers, match["x"], p["codebook"], p["code_of"], p.get("token_bias")
+                )
+            }
+        return {
+            match.root: edit.call(operators.vq_logits_product, match["x"], p["codebook"], p["codes"], p.get("bias"))
+        }
+
+    def measure(
+        self,
+        site: Site,
+        before: Callable[[str], Tensor],
+        after: Mapping[str, Tensor],
+        choice: Mapping[str, Any],
+        statistics: Statistics | None,
+    ) -> dict[str, float]:
+        weight, bias = _dense(site.match, before)
+        sample = statistics.get("sample", site.paths) if statistics is not None else None
+        counts = _counts(statistics, site, weight.shape[0])
+        figures: dict[str, float] = {}
+        if sample is not None:
+            figures["head_kl"] = choosing.head_kl(weight, bias, _head(after, choice), choosing.split_sample(sample)[1])
+        if choice["structure"] == "tiers":
+            uniform = torch.ones(weight.shape[0])
+            figures["floor_nats"] = floor(
+                uniform if counts is None else counts, after["code_of"], bias=self.options.bias
+            )
+        return figures
+
+    def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
+        head = _head(tensors, choice)
+        return (
+            modules.VQLogitsTiers(head)
+            if isinstance(head, TiersHead)
+            else modules.VQLogitsProduct(head, choice["in_features"])
+        )
+
+
+def _head(tensors: Mapping[str, Tensor], choice: Mapping[str, Any]) -> TiersHead | ProductHead:
+    if choice["structure"] == "tiers":
+        return TiersHead(tensors["codebook"], tensors["code_of"], tensors.get("token_bias"), 0)
+    return ProductHead(tensors["codebook"], tensors["codes"], tensors.get("bias"))
+
+
+def _with_tokens(program: Program, match: Match) -> Match:
+    """The head with the input that carries token ids of its vocabulary, if there is one: their counts matter."""
+    size = match["weight"].meta["val"].shape[1 if match["transposed"] else 0]
+    ids = None
+    for embedding in EMBEDDING.find(program):
+        if embedding["weight"].meta["val"].shape[0] == size and embedding["ids"].op == "placeholder":
+            ids = embedding["ids"]
+    return dataclasses.replace(match, captures=MappingProxyType({**match.captures, "ids": ids}))
+
+
+def _dense(match: Match, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, d] and bias [V]."""
+    weight = read(str(match["weight"].target))
+    bias = None if match["bias"] is None else read(str(match["bias"].target))
+    return (weight.t() if match["transposed"] else weight), bias
+
+
+def _counts(statistics: Statistics | None, site: Site, tokens: int) -> Tensor | None:
+    counts = statistics.get("counts", site.paths) if statistics is not None else None
+    return None if counts is None else torch.nn.functional.pad(counts, (0, tokens - len(counts)))
+
+
+def _check_codes(codes: int, tokens: int) -> None:
+    if codes > tokens:
+        raise PlanError(f"vq_logits: codes={codes} is more than the {tokens} tokens of the head; ask for fewer")
