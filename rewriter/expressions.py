@@ -303,6 +303,19 @@ def equal(value: Any, expected: Any) -> bool:
     return bool(value == expected)
 
 
+def same_dim(facts: Facts, dim: Dim, value: Any, consumer: Node | None) -> bool:
+    """Whether an argument of `consumer` is the dimension; a list of one dimension counts as that dimension."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    operand = next(iter(consumer.all_input_nodes), None) if consumer is not None else None
+    shape = facts.shape(operand) if operand is not None else None
+    if shape is None or not len(shape) + dim.new_dims:
+        return value == dim.index
+    return (value - dim.index) % (len(shape) + dim.new_dims) == 0
+
+
 def optionally(wrap: Callable[[Expression], Expression], inner: Expression) -> Alternatives:
     """``wrap(inner)`` where it occurs, else ``inner``: an optional scale, mask, cast or dropout."""
     return wrap(inner) | inner

@@ -66,6 +66,23 @@ def same_shape(a: tuple[Any, ...] | None, b: tuple[Any, ...] | None) -> bool:
     return all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
+def path_of(node: Node) -> str:
+    """Path of the module a node was recorded in; see `Facts.path`."""
+    if node.op == "get_attr":
+        return str(node.target).rpartition(".")[0]
+    stack = node.meta.get("nn_module_stack")
+    for key, entry in reversed((stack or {}).items()):
+        if not str(key).startswith("_empty_nn_module_stack"):
+            return str(entry[0]).partition("@")[0]
+    return ""
+
+
+def paths_of(node: Node) -> tuple[str, ...]:
+    """Every original module path of a node; see `Facts.paths`."""
+    kept = node.meta.get("custom", {}).get("rewriter", {}).get("paths")
+    return tuple(kept) if kept else (path_of(node),)
+
+
 class Facts:
     """What is known about each node of one graph.
 
@@ -115,6 +132,17 @@ class Facts:
         if self._writers is not None and (node in self._writers or _concerns_storage(node)):
             self._writers = None
 
+    # -- operators
+
+    def calls(self, targets: Collection[Any]) -> list[Node]:
+        """Nodes that call one of the operators, grouped by operator; from the graph's own index."""
+        return [n for target in targets for n in self.graph.find_nodes(op="call_function", target=target, sort=False)]
+
+    def count(self, targets: Collection[Any]) -> int:
+        """How many nodes call one of the operators. `find_nodes` would copy its index to tell."""
+        table = self.graph._find_nodes_lookup_table.table
+        return sum(len(table.get(("call_function", target), ())) for target in targets)
+
     # -- place
 
     def position(self, node: Node) -> int:
@@ -125,18 +153,11 @@ class Facts:
 
     def path(self, node: Node) -> str:
         """Path of the module a node was recorded in (``""`` is the model itself); of a parameter, its owner."""
-        if node.op == "get_attr":
-            return str(node.target).rpartition(".")[0]
-        stack = node.meta.get("nn_module_stack")
-        for key, entry in reversed((stack or {}).items()):
-            if not str(key).startswith("_empty_nn_module_stack"):
-                return str(entry[0]).partition("@")[0]
-        return ""
+        return path_of(node)
 
     def paths(self, node: Node) -> tuple[str, ...]:
         """Every original module path of a node: several where an earlier rewrite merged sites."""
-        kept = node.meta.get("custom", {}).get("rewriter", {}).get("paths")
-        return tuple(kept) if kept else (self.path(node),)
+        return paths_of(node)
 
     def source(self, node: Node) -> str:
         """``file:line in function: code``: the innermost line outside torch and this package; ``""`` if unknown."""

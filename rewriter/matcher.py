@@ -5,12 +5,14 @@ A pattern is solved goal by goal, from its root operator down through the operan
 order, alternatives, nodes to look through) the choices are tried in the order the pattern writes them, and undone when
 they lead nowhere. Roots come from the graph's operator index in graph order, so the result is deterministic and an
 absent operator costs nothing. At most one match is reported per root; matches of different roots may overlap.
+
+Most roots are decided by the pattern's compiled form (:mod:`rewriter.compiled`); the search (:mod:`rewriter.solver`)
+is asked where that is not sure, and traced to explain a miss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
 from types import MappingProxyType
 from typing import Any
 
@@ -18,90 +20,13 @@ from torch import fx
 from torch.fx import Node
 
 from rewriter.facts import Carrier, Facts, facts_of
-from rewriter.pattern import Pattern
+from rewriter.looking import readers
+from rewriter.matches import Match, Miss
+from rewriter.pattern import Pattern, Route
 from rewriter.schemas import base_name, describe
 from rewriter.solver import Failure, Solver, Trace
 
-
-@dataclass(frozen=True)
-class Match:
-    """One place where a pattern or view holds.
-
-    Attributes:
-        name: of the pattern or view.
-        root: the node whose value the match defines (the last one, of several).
-        captures: name -> node, constant, tuple of nodes (variadic) or `Match` (groups); None for parts left out.
-        nodes: every node the match consists of, in graph order, `root` included, captured inputs not.
-        paths: the original module paths the nodes come from, the root's first.
-        outputs: the nodes whose values the match defines; users outside may read these and no other.
-        casts: nodes at which the pattern itself names a change of dtype.
-        shared: nodes that may have users outside and then stay in the graph.
-        location: ``file:line`` of the pattern.
-    """
-
-    name: str
-    root: Node
-    captures: Mapping[str, Any]
-    nodes: tuple[Node, ...]
-    paths: tuple[str, ...]
-    outputs: tuple[Node, ...]
-    casts: frozenset[Node] = frozenset()
-    shared: frozenset[Node] = frozenset()
-    location: str = ""
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.root, self.nodes))
-
-    def __getitem__(self, name: str) -> Any:
-        """The capture of that name."""
-        return self.captures[name]
-
-    @property
-    def path(self) -> str:
-        """Module path of the root."""
-        return self.paths[0]
-
-    def __str__(self) -> str:
-        return f"{self.name} at {self.path or '<root>'} ({self.root.name})"
-
-
-@dataclass(frozen=True)
-class Miss:
-    """One place where a rule does not apply, and why.
-
-    Attributes:
-        rule: the pattern, view or rule.
-        site: module path of the place.
-        step: how far matching came, e.g. ``"matmul.x > softmax.x"``.
-        reason: what is wrong, in one sentence.
-        expected, found: what the step asked for and what is there instead.
-        source: the user's line behind it.
-        depth: number of nodes that did fit; larger is nearer to a match.
-        node: the node at which it failed; None where the rule's operators do not occur at all.
-    """
-
-    rule: str
-    site: str
-    step: str
-    reason: str
-    expected: str = ""
-    found: str = ""
-    source: str = ""
-    depth: int = 0
-    node: Node | None = field(default=None, compare=False)
-
-    def __str__(self) -> str:
-        lines = [f"{self.rule} does not apply at {self.site or '<root>'}: {self.reason}"]
-        if self.step:
-            lines.append(f"  step      {self.step}")
-        if self.expected:
-            lines.append(f"  expected  {self.expected}")
-        if self.found:
-            lines.append(f"  found     {self.found}")
-        if self.source:
-            lines.append(f"  source    {self.source}")
-        return "\n".join(lines)
-
+__all__ = ["Match", "Miss", "Target", "explain", "explain_at", "find", "match_at", "within"]
 
 Target = Facts | fx.GraphModule | Carrier
 
@@ -109,15 +34,22 @@ Target = Facts | fx.GraphModule | Carrier
 def find(program: Target, pattern: Pattern) -> list[Match]:
     """Every match, one per root at most, in graph order of the roots."""
     facts = facts_of(program)
-    found = (match_at(facts, pattern, root) for root in _nodes_calling(facts, pattern.root_targets))
-    return [match for match in found if match is not None]
+    compiled = pattern.compiled
+    matches = []
+    for root in _candidates(facts, pattern):
+        match = compiled(facts, root)
+        if isinstance(match, str):  # UNSURE
+            match = _solved(facts, pattern, root)
+        if match is not None:
+            matches.append(match)
+    return matches
 
 
 def match_at(program: Target, pattern: Pattern, root: Node) -> Match | None:
     """The match whose root is this node, if there is one."""
     facts = facts_of(program)
-    solver = Solver(facts, pattern)
-    return _match(facts, pattern, solver, root) if solver.solve(root) else None
+    match = pattern.compiled(facts, root)
+    return _solved(facts, pattern, root) if isinstance(match, str) else match
 
 
 def explain(program: Target, pattern: Pattern, site: str | None = None) -> list[Miss]:
@@ -145,7 +77,7 @@ def explain(program: Target, pattern: Pattern, site: str | None = None) -> list[
 def explain_at(facts: Facts, pattern: Pattern, anchor: Node) -> Miss | None:
     """The best partial match around one occurrence of the anchor; None if it does match."""
     best: Failure | None = None
-    for root in _roots_above(facts, pattern, anchor):
+    for root in _above(facts, pattern, pattern.anchor_routes, (anchor,)):
         trace = Trace()
         if Solver(facts, pattern, trace).solve(root):
             return None
@@ -164,26 +96,43 @@ def within(facts: Facts, node: Node, site: str | None) -> bool:
     return any(path == site or path.startswith(site + ".") for path in facts.paths(node))
 
 
-def site_paths(facts: Facts, root: Node, nodes: tuple[Node, ...]) -> tuple[str, ...]:
-    """The original module paths of a match, the root's first."""
-    return tuple(dict.fromkeys(path for node in (root, *nodes) for path in facts.paths(node)))
+# Climbing from one occurrence of an operator costs about as much as trying this many roots.
+_CLIMB = 4
 
 
-def _nodes_calling(facts: Facts, targets: tuple[Any, ...]) -> list[Node]:
-    """Nodes that call one of the operators, in graph order; from the graph's own index."""
-    groups = [facts.graph.find_nodes(op="call_function", target=target) for target in targets]
-    nodes = [node for group in groups for node in group]
-    return nodes if sum(map(bool, groups)) <= 1 else sorted(nodes)
+def _candidates(facts: Facts, pattern: Pattern) -> list[Node]:
+    """Nodes that may be the root of a match, in graph order.
+
+    A match contains each required operator: where one is absent there is none, and where one is much rarer than the
+    root's, the roots above its occurrences are all there are.
+    """
+    rarest, occurrences = None, facts.count(pattern.root_targets)
+    for call in pattern.required:
+        number = facts.count(call.operator.targets)
+        if not number:
+            return []
+        if number * _CLIMB < occurrences:
+            rarest, occurrences = call, number
+    if rarest is None:
+        return _nodes_calling(facts, pattern.root_targets)
+    return _above(facts, pattern, pattern.routes_from(rarest), facts.calls(rarest.operator.targets))
 
 
-def _match(facts: Facts, pattern: Pattern, solver: Solver, root: Node) -> Match:
-    nodes = tuple(sorted(solver.nodes))
+def _nodes_calling(facts: Facts, targets: Collection[Any]) -> list[Node]:
+    """Nodes that call one of the operators, in graph order."""
+    return sorted(facts.calls(targets))
+
+
+def _solved(facts: Facts, pattern: Pattern, root: Node) -> Match | None:
+    """The match at a root by search."""
+    solver = Solver(facts, pattern)
+    if not solver.solve(root):
+        return None
     return Match(
         name=pattern.name,
         root=root,
         captures=MappingProxyType({name: solver.captures.get(name) for name in pattern.names}),
-        nodes=nodes,
-        paths=site_paths(facts, root, nodes),
+        nodes=tuple(sorted(solver.nodes)),
         outputs=tuple(solver.outputs),
         casts=frozenset(solver.casts),
         shared=frozenset(solver.shared),
@@ -191,24 +140,16 @@ def _match(facts: Facts, pattern: Pattern, solver: Solver, root: Node) -> Match:
     )
 
 
-def _roots_above(facts: Facts, pattern: Pattern, anchor: Node) -> list[Node]:
-    """Nodes that could be the root of a match with this anchor: up the pattern's routes, through transparent nodes."""
+def _above(facts: Facts, pattern: Pattern, routes: tuple[Route, ...], anchors: Iterable[Node]) -> list[Node]:
+    """Nodes that could be the root of a match with one of these anchors: up the pattern's routes."""
     roots: dict[Node, None] = {}
-    for _, steps in pattern.anchor_routes:
-        level: dict[Node, None] = {anchor: None}
+    for _, steps in routes:
+        level = dict.fromkeys(anchors)
         for targets in steps:
-            users = (user for node in level for user in _readers(facts, pattern, node))
+            users = (user for node in level for user in readers(facts, pattern.transparent, node))
             level = dict.fromkeys(user for user in users if user.target in targets)
         roots.update(level)
     return sorted(roots)
-
-
-def _readers(facts: Facts, pattern: Pattern, node: Node) -> Iterator[Node]:
-    """Users of a value, also through nodes the pattern looks through."""
-    for user in facts.users(node):
-        yield user
-        if any(user.target in kind.targets and kind.test(facts, user) for kind in pattern.transparent):
-            yield from _readers(facts, pattern, user)
 
 
 def _failure_below(facts: Facts, pattern: Pattern, anchor: Node) -> Failure:

@@ -19,8 +19,8 @@ from functools import cached_property
 from typing import Any
 
 from torch._ops import OpOverload
-from torch.fx import Node
 
+from rewriter.compiled import Compiled, compile_pattern
 from rewriter.errors import PatternError
 from rewriter.expressions import (
     Alternatives,
@@ -39,28 +39,13 @@ from rewriter.expressions import (
     optionally,
     walk,
 )
-from rewriter.facts import Facts
+from rewriter.looking import Transparent
 from rewriter.predicates import Predicate, Where, predicates
 
 __all__ = [
     "Alternatives", "Anything", "Call", "Const", "Dim", "Expression", "Literal", "Operator", "Optional", "Pattern",
     "Sequence", "Transparent", "Var", "Variadic", "optionally", "pattern",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Transparent:
-    """A kind of node a pattern may look through: it hands on its first argument's values unchanged.
-
-    Attributes:
-        name: how messages call it.
-        targets: the operators it may be spelled with.
-        test: whether this call really changes nothing.
-    """
-
-    name: str
-    targets: frozenset[OpOverload]
-    test: Callable[[Facts, Node], bool]
 
 
 # From a leaf of a pattern up to one of its outputs: the operators passed, as sets of targets.
@@ -98,13 +83,27 @@ class Pattern:
         return tuple(dict.fromkeys(t for call in _calls_at(self.outputs[0]) for t in call.operator.targets))
 
     @cached_property
+    def required(self) -> tuple[Call, ...]:
+        """Calls below the root that occur in every match; those of alternatives and optional parts need not."""
+        return tuple(_required(self.outputs[0]))
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """The pattern as a function; see :mod:`rewriter.compiled`."""
+        return compile_pattern(self)
+
+    @cached_property
     def anchor_targets(self) -> tuple[OpOverload, ...]:
         return tuple(dict.fromkeys(t for call in _calls_at(self.anchor) for t in call.operator.targets))
 
     @cached_property
     def anchor_routes(self) -> tuple[Route, ...]:
         """The ways from the anchor up to the root."""
-        return tuple(dict.fromkeys(_routes(self.outputs[0], lambda e: e is self.anchor)))
+        return self.routes_from(self.anchor)
+
+    def routes_from(self, part: Expression) -> tuple[Route, ...]:
+        """The ways from a part of the pattern up to the root."""
+        return tuple(dict.fromkeys(_routes(self.outputs[0], lambda e: e is part)))
 
     @cached_property
     def links(self) -> tuple[tuple[Route, ...], ...]:
@@ -222,6 +221,14 @@ def _flat(expression: Expression) -> Iterator[Expression]:
 
 def _calls_at(expression: Expression) -> list[Call]:
     return [option for option in _flat(expression) if isinstance(option, Call)]
+
+
+def _required(*expressions: Expression) -> Iterator[Call]:
+    for expression in expressions:
+        if isinstance(expression, Call):
+            yield expression
+        if isinstance(expression, (Call, Sequence)):
+            yield from _required(*expression.children)
 
 
 def _routes(expression: Expression, is_leaf: Callable[[Expression], bool]) -> Iterator[Route]:

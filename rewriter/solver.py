@@ -26,8 +26,10 @@ from rewriter.expressions import (
     Var,
     Variadic,
     equal,
+    same_dim,
 )
 from rewriter.facts import Facts
+from rewriter.looking import chain, readers
 from rewriter.pattern import Pattern, Route
 from rewriter.predicates import Predicate
 from rewriter.schemas import describe, nodes_in, operator_name
@@ -207,7 +209,7 @@ class Solver:
         if one[-1] is not other[-1]:
             return self._fail(goal, f"{var.name!r} stands for two different values", describe(known))
         self._look_past([*one[:-1], *other[:-1]])
-        return self._next(goal.rest)
+        return self._satisfied(var.predicates, known, goal, var.name) and self._next(goal.rest)
 
     def _optional(self, optional: Optional, goal: Goal) -> bool:
         if goal.value is None:
@@ -243,7 +245,7 @@ class Solver:
                 return False
             return self._capture(expression.name, value, goal) and self._next(goal.rest)
         if isinstance(expression, Dim):
-            fits = _same_dim(self.facts, expression, value, goal.consumer)
+            fits = same_dim(self.facts, expression, value, goal.consumer)
             return self._next(goal.rest) if fits else self._fail(goal, "another dimension", f"dim {expression.index}")
         if isinstance(expression, Literal):
             fits = equal(value, expression.value)
@@ -297,32 +299,19 @@ class Solver:
         found: dict[Node, None] = {}
         for leaf, steps in routes:
             start = self.captures.get(leaf.name) if isinstance(leaf, Var) else self.bound.get(id(leaf))
-            level: dict[Node, None] = {} if start is None else {start: None}
+            same = () if start is None else self._chain(start) if isinstance(leaf, Var) else (start,)
+            level = dict.fromkeys(same)  # any of them may be what the output reads
             for targets in steps:
-                users = (user for node in level for user in self._readers(node))
+                users = (user for node in level for user in readers(self.facts, self.pattern.transparent, node))
                 level = dict.fromkeys(user for user in users if user.target in targets)
             found.update(level)
         return sorted(found)
-
-    def _readers(self, node: Node) -> Iterator[Node]:
-        for user in self.facts.users(node):
-            yield user
-            if self._is_transparent(user):
-                yield from self._readers(user)
 
     # -- tables and trail
 
     def _chain(self, value: Node) -> Iterator[Node]:
         """The value, then what is behind it as long as the pattern looks through."""
-        yield value
-        while self._is_transparent(value):
-            value = value.all_input_nodes[0]
-            yield value
-
-    def _is_transparent(self, node: Node) -> bool:
-        if node.op != "call_function":
-            return False
-        return any(node.target in kind.targets and kind.test(self.facts, node) for kind in self.pattern.transparent)
+        return chain(self.facts, self.pattern.transparent, value)
 
     def _bind(self, call: Call, node: Node, passed: list[Node]) -> None:
         self.bound[id(call)] = node
@@ -391,16 +380,3 @@ def _constant_name(expression: Expression) -> str:
     if isinstance(expression, Literal):
         return repr(expression.value)
     return f"a constant for {expression.name!r}" if isinstance(expression, Const) else "a dimension"
-
-
-def _same_dim(facts: Facts, dim: Dim, value: Any, consumer: Node | None) -> bool:
-    """Whether two dimension indices mean the same; a list of one dimension counts as that dimension."""
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int):
-        return False
-    operand = next(iter(consumer.all_input_nodes), None) if consumer is not None else None
-    shape = facts.shape(operand) if operand is not None else None
-    if shape is None or not len(shape) + dim.new_dims:
-        return value == dim.index
-    return (value - dim.index) % (len(shape) + dim.new_dims) == 0

@@ -115,7 +115,6 @@ def joined(members: Mapping[str, Match], attention: Match | None) -> Match:
         root=max(linear.root for linear in linears),
         captures=MappingProxyType({"x": linears[0]["x"], "attention": attention, **captures}),
         nodes=nodes,
-        paths=tuple(dict.fromkeys(path for linear in linears for path in linear.paths)),
         outputs=tuple(linear.root for linear in linears),
         casts=frozenset().union(*(linear.casts for linear in linears)),
         shared=frozenset().union(*(linear.shared for linear in linears)),

@@ -278,18 +278,18 @@ def test_autocast_regions_are_not_searched() -> None:
 def test_a_match_made_by_hand_must_close_over_its_values() -> None:
     facts = Facts(trace(lambda a: ((h := a.relu()).tanh(), h), A))
     (inner,), (root,) = by_target(facts.graph_module, aten.relu), by_target(facts.graph_module, aten.tanh)
-    open_match = Match("p", root, {}, (inner, root), ("",), (root,))
+    open_match = Match("p", root, {}, (inner, root), (root,))
     reason = refusal(facts, open_match)
     assert reason is not None and reason.kind == "escape"
     assert reason.message == "relu (relu) is returned as a program output"
-    assert refusal(facts, Match("p", root, {}, (inner, root), ("",), (inner, root))) is None
+    assert refusal(facts, Match("p", root, {}, (inner, root), (inner, root))) is None
 
 
 def test_a_region_inside_a_match_is_refused() -> None:
     facts = Facts(trace(lambda a: torch.cond(a.sum() > 0, torch.sin, torch.cos, (a,)).tanh(), A))
     region = next(node for node in facts.graph.nodes if str(node.target) == "cond")
     (item,) = [node for node in facts.graph.nodes if node.target is operator.getitem]
-    reason = refusal(facts, Match("p", item, {}, (region, item), ("",), (item,)))
+    reason = refusal(facts, Match("p", item, {}, (region, item), (item,)))
     assert reason is not None and reason.kind == "region" and "graph of its own" in reason.message
 
 
