@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from rewriter.passes.canonical import Canonical
 from rewriter.passes.fuse import Fuse
 from rewriter.passes.shift_add import ShiftAdd
+from rewriter.passes.simplify import Simplify
 from rewriter.passes.vq_logits import VQLogits
 from rewriter.registry import known as available
 from rewriter.rules import Pass
 
-__all__ = ["Fuse", "Pass", "ShiftAdd", "VQLogits", "available"]
+__all__ = ["Canonical", "Fuse", "Pass", "ShiftAdd", "Simplify", "VQLogits", "available"]

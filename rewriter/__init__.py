@@ -22,6 +22,7 @@ from rewriter.program import Program
 from rewriter.reports import Report
 from rewriter.rules import BOUNDED, CALIBRATED, EXACT, LEARNED, Pass, Rule
 from rewriter.saving import load
+from rewriter.tracing import traced
 from rewriter.verification import Verification, verify
 from rewriter.version import __version__
 

@@ -7,9 +7,10 @@ program of the same model (another signature, mode or dtype) on parameters that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,10 @@ from rewriter.errors import LegalityError, PlanError
 from rewriter.matcher import Miss
 from rewriter.modes import neutral
 from rewriter.narrow import all_finite
-from rewriter.planner import Plan, PlannedSite, declare, generator_for, rule_of
+from rewriter.planner import Plan, PlannedSite, declare, generator_for, stages
 from rewriter.program import Program
-from rewriter.rules import Rule, Site, full_names, locate
+from rewriter.rewriting import disjoint
+from rewriter.rules import Refusals, Rule, Site, full_names, locate
 from rewriter.sizes import stored_bytes
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class SiteResult:
     choice: Mapping[str, Any]
     created: tuple[str, ...]
     replaced: tuple[str, ...]
+    based_on: tuple[str, ...] = ()  # addresses of the sites whose nodes it rewrote in turn
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def apply(program: Program, plan: Plan, statistics: Statistics | None = None) ->
     Raises:
         PlanError: the plan was made for another structure, or needs statistics that were not given.
     """
-    return rewrite(program.fork(store.shared(program.root)), plan, statistics).program
+    return rewrite(program.fork(store.shared(program.root), compile=False), plan, statistics).program
 
 
 @neutral()
@@ -78,28 +81,28 @@ def rewrite(
     editor = Editor(program)
     results: list[SiteResult] = []
     originals: dict[str, Tensor] = {}
-    done = 0
-    for rule, stage in _stages(plan):
-        for planned, site in _assign(locate(rule, program).sites, stage):
+    for rule, stage in stages(plan):
+        for planned, site in _assign(_located(rule, program, stage).sites, stage):
             if site is None:
                 raise PlanError(f"{planned.rule}: site {planned.address} is not in this program; make a plan for it")
             if progress is not None:
-                progress(f"rewrite {planned.address.path}", done, len(plan.sites))
-            tensors, result = _initialise(program, planned, site, statistics)
-            results.append(result)
-            editor.rewrite(site, tensors, planned.choice)
-            # A head's new bias goes by the name of the one it replaces.
-            originals |= {name: store.get(program.root, name) for name in result.replaced if name in tensors}
+                progress(f"rewrite {planned.address.path}", len(results), len(plan.sites))
+            tensors, result = _initialise(editor, planned, site, statistics)
+            edit = editor.rewrite(site, tensors, planned.choice)
+            results.append(dataclasses.replace(result, based_on=edit.based_on))
+            # A head's new bias goes by the name of the one it replaces; of several in turn the first is the original.
+            remade = {name: store.get(program.root, name) for name in result.replaced if name in tensors}
+            originals = remade | originals
             adopt(program.root, tensors)
-            for name in editor.unread(result.replaced):
-                originals[name] = store.get(program.root, name)
+            for name in editor.unread(tuple(n for n in result.replaced if n not in tensors)):
+                originals.setdefault(name, store.get(program.root, name))
                 for known_as in program.aliases.get(name, (name,)):
                     store.remove(program.root, known_as)
-            done += 1
-        editor.finish()
+        editor.finish(compile=False)
     program.graph.lint()
+    program.rebind()
     if progress is not None:
-        progress("rewrite", done, len(plan.sites))
+        progress("rewrite", len(results), len(plan.sites))
     return Application(program, tuple(results), originals, tuple(editor.journal))
 
 
@@ -111,29 +114,49 @@ def replay(program: Program, plan: Plan) -> Program:
     as it is: the program computes the same function. Raises PlanError for a site whose parameters were replaced.
     """
     editor = Editor(program)
-    for rule, stage in _stages(plan):
-        found = locate(rule, program)
-        for planned, site in _assign(found.sites, stage):
-            if site is None and rule.parametric:
-                site = _recall(rule, program, planned, found.misses)
+    for rule, stage in stages(plan):
+        found = _located(rule, program, stage)
+        assigned = _assign(found.sites, stage)
+        apart = {id(site) for site in disjoint(site for _, site in assigned if site is not None)}
+        for planned, site in assigned:
+            if rule.parametric:
+                site = site or _recall(rule, program, planned, found.misses)
+            elif site is not None and not (id(site) in apart and _settles(program, planned, site)):
+                continue
             if site is not None:
-                editor.rewrite(site, _present(editor, planned, site), planned.choice)
-        editor.finish()
+                editor.rewrite(site, _present(editor, plan, planned, site), planned.choice)
+        editor.finish(compile=False)
     program.graph.lint()
+    program.rebind()
     return program
 
 
-def _stages(plan: Plan) -> Iterator[tuple[Rule, Sequence[PlannedSite]]]:
-    """Sites in plan order, grouped by the rule (with its settings) that takes them."""
-    for _, group in groupby(plan.sites, key=lambda s: (s.pass_name, s.rule, repr(sorted(s.settings.items())))):
-        sites = list(group)
-        yield rule_of(sites[0]), sites
+def _located(rule: Rule, program: Program, stage: Sequence[PlannedSite]) -> Refusals:
+    """The sites of a stage; misses only where a site that must be there is not, to say why."""
+    number = stage[0].address.round
+    found = locate(rule, program, round=number, explain=False)
+    known = {site.address for site in found.sites}
+    if all(planned.address in known for planned in stage):
+        return found
+    return locate(rule, program, round=number)
 
 
-def _present(editor: Editor, planned: PlannedSite, site: Site) -> dict[str, Tensor]:
+def _settles(program: Program, planned: PlannedSite, site: Site) -> bool:
+    """Whether the rule would choose the same at this site as where it was planned: addresses of sites without
+    parameters are counted, and another program may count differently."""
+    choice = site.rule.settle(site, program, None, generator_for(planned))
+    return json.dumps(choice, sort_keys=True) == json.dumps(dict(planned.choice), sort_keys=True)
+
+
+def _present(editor: Editor, plan: Plan, planned: PlannedSite, site: Site) -> dict[str, Tensor]:
     """The site's parameters from the store; as descriptions where a later site has replaced them in turn."""
     root = editor.program.root
     names = full_names(site.rule, site, planned.choice)
+    if not names:
+        return {}
+    again = any(s.stage > planned.stage and s.address.path == planned.address.path for s in plan.sites)
+    if again:  # maybe under the same names, and in other shapes
+        return declare(editor, planned, site)
     if all(store.has(root, name) for name in names):
         return {name: store.get(root, name) for name in names}
     declared = declare(editor, planned, site)
@@ -175,9 +198,9 @@ def _lost(planned: PlannedSite, misses: Sequence[Miss]) -> str:
 
 
 def _initialise(
-    program: Program, planned: PlannedSite, site: Site, statistics: Statistics | None
+    editor: Editor, planned: PlannedSite, site: Site, statistics: Statistics | None
 ) -> tuple[dict[str, Tensor], SiteResult]:
-    rule, match = site.rule, site.match
+    program, rule, match = editor.program, site.rule, site.match
     replaced = rule.replaced_tensors(match)
     roles = rule.initialise(site, program.tensor, planned.choice, statistics, generator_for(planned))
     tensors = dict(
@@ -189,7 +212,7 @@ def _initialise(
     with torch.no_grad():
         figures = rule.measure(site, program.tensor, roles, planned.choice, statistics)
     # A tensor that something else still reads (a tied embedding) is not saved by this site.
-    before = sum(stored_bytes(program.tensor(name)) for name in replaced if _only_here(program, name, site))
+    before = sum(stored_bytes(program.tensor(name)) for name in replaced if _only_here(editor, name, site))
     after = sum(stored_bytes(t) for t in tensors.values())
     result = SiteResult(
         str(site.address),
@@ -207,10 +230,9 @@ def _initialise(
     return tensors, result
 
 
-def _only_here(program: Program, name: str, site: Site) -> bool:
-    node = program.parameter_nodes().get(name)
+def _only_here(editor: Editor, name: str, site: Site) -> bool:
     inside = {n for m in site.matches for n in m.nodes}
-    return node is None or all(user in inside for user in node.users)
+    return all(user in inside for user in editor.reader(name).users)
 
 
 def _check(program: Program, plan: Plan, statistics: Statistics | None) -> None:

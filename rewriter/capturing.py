@@ -124,6 +124,7 @@ def capture_skeleton(
         raise CaptureError("the example call has no tensor; give tensors of the real shapes and dtypes")
     with torch.inference_mode(False):
         flat = [t.clone() if t.is_inference() else t for t in flat]  # autograd, which export runs under, refuses them
+        flat = _distinct(flat)
         example = inputs.enlarge(flat) if dynamic_shapes == "auto" else tuple(flat)
     results: list[Template] = []
     model = skeleton.materialise(lambda name: store.get(root, name) if store.has(root, name) else None)
@@ -131,12 +132,23 @@ def capture_skeleton(
     dims = tuple({d: Dim.AUTO for d in range(t.dim())} for t in example) if dynamic_shapes == "auto" else None
     exported = _export(module, example, None if dims is None else (dims,))
     graph_module = exported.module(check_guards=False)
-    notes = ("config.use_cache was off while capturing",) if skeleton.cache_switched_off else ()
+    notes = ("config.use_cache was off while capturing",) if skeleton.caching else ()
     aliases = {name: names for name, names in skeleton.names.items() if len(names) > 1}
     canonical = {other: name for name, names in skeleton.names.items() for other in names}
     program = _program(graph_module, root, call, results[-1], example, canonical)
     program.aliases, program.notes, program.training = aliases, notes, skeleton.module.training
     return program
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A tensor given twice (``input_ids=ids, labels=ids``) as two: export would make one input of it."""
+    seen: set[int] = set()
+    distinct = []
+    for tensor in tensors:
+        again = id(tensor) in seen
+        seen.add(id(tensor))
+        distinct.append(tensor.detach().clone().requires_grad_(tensor.requires_grad) if again else tensor)
+    return distinct
 
 
 def _export(module: _Flat, example: Sequence[Tensor], dynamic_shapes: Any) -> ExportedProgram:

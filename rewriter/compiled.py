@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from rewriter.emitting import Text
 from rewriter.expressions import (
     Alternatives,
     Anything,
@@ -74,30 +75,25 @@ def source_of(pattern: Pattern) -> str:
     return _Writer(pattern).source()
 
 
-class _Writer:
-    """Writes the function of one pattern, goal by goal in the solver's order."""
+class _Writer(Text):
+    """Writes the function of one pattern, goal by goal in the solver's order.
+
+    Variables: n0, n1, ... are the nodes of calls, c_NAME the captures, passed and looked the nodes looked through.
+    """
 
     def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
-        self.constants: dict[str, Any] = {
+        super().__init__({
             "Match": Match, "MappingProxyType": MappingProxyType, "Node": Node, "PLAIN": _PLAIN, "MISSING": _MISSING,
             "UNSURE": UNSURE, "EMPTY": frozenset(), "KINDS": pattern.transparent, "behind": behind, "leads_to": leads_to,
             "nearest": nearest, "same_value": same_value, "same_dim": same_dim, "equal": equal, "has_nodes": _has_nodes,
             "fits": _fits,
-        }  # fmt: skip
-        self.lines: list[str] = []
-        self.depth = 1
-        self.failure = "no"  # what a failure returns where text is being written
-        self.parts: dict[int, str] = {}  # id of an expression that occurs several times -> its function
-        self.part_lines: list[str] = []
-        self.assigned: dict[str, None] = {}
-        self.repeated = _repeated(pattern)
+        })  # fmt: skip
+        self.pattern = pattern
+        self.kinds = pattern.transparent
         self.calls: dict[int, str] = {}  # id of a Call -> the variable with its node
         self.named: set[str] = set()  # captures written so far
-        self.certain: set[str] = set()  # variables that are bound whenever the function gets past here
-        self.open: dict[str, None] = {}  # variables that were written where this is not so
-        self.conditional = 0  # inside how many alternatives or optional parts
-        self.counter = 0
+        self.repeated = _repeated(pattern)
+        self.parts: dict[int, str] = {}  # id of a repeated expression -> its function
 
     def source(self) -> str:
         pattern = self.pattern
@@ -108,9 +104,9 @@ class _Writer:
             self._finish()
         start = ["def match(facts, root):", "    no = None"]
         start += [f"    {name} = {'MISSING' if name.startswith('c_') else 'None'}" for name in self.open]
-        if pattern.transparent:
+        if self.kinds:
             start += ["    passed, looked = [], []"]
-        return "\n".join((*start, *self.part_lines, *self.lines)) + "\n"
+        return "\n".join((*start, *self.functions, *self.lines)) + "\n"
 
     # -- one expression against the value in a variable
 
@@ -125,23 +121,12 @@ class _Writer:
         if id(expression) in self.parts:
             return self.parts[id(expression)]
         name = self.parts[id(expression)] = f"part{len(self.parts)}"
-        outside = self.lines, self.depth, self.failure, self.assigned
-        self.lines, self.depth, self.failure, self.assigned = [], 2, "False", {}
-        self.conditional += 1
-        if isinstance(expression, Call):
-            known = self.calls.setdefault(id(expression), f"n{len(self.calls)}")
-            self.open.setdefault(known)
-            through = f"leads_to(facts, KINDS, value, {known}, passed)" if self.pattern.transparent else f"value is {known}"
-            self.line(f"if {known} is not None: return {through}")
-            self._new_call(expression, known, "value", look_through=True)
-        else:
+        with self.function(f"{name}(value, consumer)"):
+            if isinstance(expression, Call):
+                known = self.calls.setdefault(id(expression), f"n{len(self.calls)}")
+                same = f"leads_to(facts, KINDS, value, {known}, passed)" if self.kinds else f"value is {known}"
+                self.line(f"if {known} is not None: return {same}")
             self._write(expression, "value", "consumer", look_through=True)
-        self.line("return True")
-        self.conditional -= 1
-        self.part_lines.append(f"    def {name}(value, consumer):")
-        self.part_lines.append(f"        nonlocal {', '.join(('no', *self.assigned))}")
-        self.part_lines += self.lines
-        self.lines, self.depth, self.failure, self.assigned = outside
         return name
 
     def _write(self, expression: Expression, value: str, consumer: str | None, look_through: bool) -> None:
@@ -153,8 +138,7 @@ class _Writer:
             case Alternatives():
                 self._alternatives(expression, value, consumer, look_through)
             case Optional():
-                self.line(f"if {value} is not None:")
-                with _Branch(self):
+                with self.branch(f"if {value} is not None"):
                     self._expression(expression.inner, value, consumer)
             case Sequence():
                 self._sequence(expression, value, consumer)
@@ -175,11 +159,8 @@ class _Writer:
 
     def _call(self, call: Call, value: str, look_through: bool) -> None:
         node = self.calls.setdefault(id(call), f"n{len(self.calls)}")
-        self._new_call(call, node, value, look_through)
-
-    def _new_call(self, call: Call, node: str, value: str, look_through: bool) -> None:
         targets = frozenset(call.operator.targets)
-        if look_through and self.pattern.transparent:
+        if look_through and self.kinds:
             self.line(f"{node} = behind(facts, KINDS, {value}, {self.constant(targets)}, passed)")
             self.fail_if(f"{node} is None")
             if both := targets & _transparent_targets(self.pattern):
@@ -187,7 +168,7 @@ class _Writer:
         else:
             self.fail_if(f"{value}.__class__ is not Node or {value}.target not in {self.constant(targets)}")
             self.line(f"{node} = {value}")
-        self._bound(node)
+        self.bound(node)
         operands = self._operands(call, node)
         self._predicates(call.conditions, node)
         if call.name is not None:
@@ -207,11 +188,11 @@ class _Writer:
         operator = self.constant(call.operator)
         shortest = min(len(target._schema.arguments) for target in call.operator.targets)
         leading = wanted == list(call.operator.operands[: len(wanted)]) and 0 < len(wanted) <= shortest
-        plain = call.operator.read is None and leading
-        if plain:
-            self.line(f"if len({node}.args) == {len(wanted)} and not {node}.kwargs: {names} = {node}.args")
-            self.line("else:")
-        with _Branch(self, plain):
+        usual = f"len({node}.args) == {len(wanted)} and not {node}.kwargs"
+        if call.operator.read is not None or not leading:
+            usual = "False"
+        self.line(f"if {usual}: {names} = {node}.args")
+        with self.branch("else"):
             self.line(f"operands = {operator}.operands_of(facts, {node}, {self.constant(call.arguments)})")
             self.fail_if("operands.__class__ is str")
             for variable, name in zip(variables, wanted, strict=True):
@@ -226,16 +207,12 @@ class _Writer:
         one, other = self.constant(first), self.constant(second)
         deep_straight = f"fits(facts, KINDS, {one}, {a}) and fits(facts, KINDS, {other}, {b})"
         deep_exchanged = f"fits(facts, KINDS, {one}, {b}) and fits(facts, KINDS, {other}, {a})"
-        self.line(f"if {straight}:")
-        with _Branch(self, counts=False):
-            self.line(f"if {a} is not {b} and {exchanged} and {deep_exchanged}:")
-            with _Branch(self, counts=False):
-                self.line(f"if {deep_straight}: no = UNSURE")
-                self.line(f"else: {a}, {b} = {b}, {a}")
-        if straight == "True":
-            return
-        self.line(f"elif {exchanged}: {a}, {b} = {b}, {a}")
-        self.line(f"else: return {self.failure}")
+        with self.branch(f"if {straight}"), self.branch(f"if {a} is not {b} and {exchanged} and {deep_exchanged}"):
+            self.line(f"if {deep_straight}: no = UNSURE")
+            self.line(f"else: {a}, {b} = {b}, {a}")
+        if straight != "True":
+            self.line(f"elif {exchanged}: {a}, {b} = {b}, {a}")
+            self.line(f"else: {self.fail}")
 
     def _alternatives(self, group: Alternatives, value: str, consumer: str | None, look_through: bool) -> None:
         options = list(_flat(group))
@@ -246,30 +223,28 @@ class _Writer:
             others = [self._feasible(later, value, look_through) for later in rivals]
             # Worth a closer look, where another option would do for the operator alone.
             closer = f" and fits(facts, KINDS, {self.constant(option)}, {value})" if others and option.children else ""
-            self.line(f"{word} {feasible}{closer}:")
-            with _Branch(self):
+            with self.branch(f"{word} {feasible}{closer}"):
                 if others:
                     self.line(f"if {' or '.join(others)}: no = UNSURE")
                 self._expression(option, value, consumer, look_through)
-            if feasible == "True":
+            if feasible == "True" and not closer:
                 return  # what follows is only reached from here, and then by the solver
             word = "elif"
-        self.line(f"else: return {self.failure}")
+        self.line(f"else: {self.fail}")
 
     def _var(self, var: Var, value: str) -> None:
         self.fail_if(f"{value}.__class__ is not Node")
-        through = bool(self.pattern.transparent)
-        again = (
-            f"same_value(facts, KINDS, c_{var.name}, {value}, looked)" if through else f"c_{var.name} is {value}"
-        )
-        if var.predicates and through:
+        again = f"same_value(facts, KINDS, c_{var.name}, {value}, looked)" if self.kinds else f"c_{var.name} is {value}"
+        for predicate in var.predicates:  # every occurrence's conditions hold of what is captured
+            again += f" and {self.constant(predicate.test)}(facts, c_{var.name})"
+        if var.predicates and self.kinds:
             found = self.fresh()
             self.line(f"{found} = nearest(facts, KINDS, {value}, {self.constant(var.predicates)}, looked)")
-            first = [f"if {found} is None: return {self.failure}"]
+            first = [f"if {found} is None: {self.fail}"]
         else:
             found, first = value, []
             for predicate in var.predicates:
-                first.append(f"if not {self.constant(predicate.test)}(facts, {value}): return {self.failure}")
+                first.append(f"if not {self.constant(predicate.test)}(facts, {value}): {self.fail}")
         self._capture(var.name, found, again, first)
 
     def _sequence(self, sequence: Sequence, value: str, consumer: str | None) -> None:
@@ -289,8 +264,7 @@ class _Writer:
             self._expression(item, variable, consumer)
 
     def _variadic(self, variadic: Variadic, value: str) -> None:
-        self.line(f"for item in {value}:")
-        with _Branch(self, counts=False):
+        with self.branch(f"for item in {value}"):
             self.fail_if("item.__class__ is not Node")
             self._predicates(variadic.predicates, "item")
         self._capture(variadic.name, value, f"c_{variadic.name} == {value}")
@@ -299,19 +273,22 @@ class _Writer:
 
     def _finish(self) -> None:
         bound = list(self.calls.values())
-        through = bool(self.pattern.transparent)
         certain = [node for node in bound if node in self.certain]
         rest = [node for node in bound if node not in self.certain]
         members = [*certain, *([f"*(n for n in ({', '.join(rest)},) if n is not None)"] if rest else [])]
-        if through:
+        if self.kinds:
             members += ["*passed", "*looked"]
         self.line(f"nodes = tuple(sorted({{{', '.join(members)}}}))")
-        self._group("shared", [c for c in self._distinct() if c.may_escape], ["looked"] if through else [])
+        self._group("shared", [c for c in self._distinct() if c.may_escape], ["looked"] if self.kinds else [])
         self._group("casts", [c for c in self._distinct() if c.operator.casts], [])
         # A value with one user is used where it was found; only others can escape.
-        inner = [self.calls[id(c)] for c in self._distinct() if not c.may_escape and self.calls[id(c)] not in self._roots()]
-        counts = [f"len({n}.users) > 1" if n in self.certain else f"({n} is not None and len({n}.users) > 1)" for n in inner]
-        if through:
+        inner = [
+            self.calls[id(c)] for c in self._distinct() if not c.may_escape and self.calls[id(c)] not in self._roots()
+        ]
+        counts = [
+            f"len({n}.users) > 1" if n in self.certain else f"({n} is not None and len({n}.users) > 1)" for n in inner
+        ]
+        if self.kinds:
             counts.append("passed")
         if counts:
             self.fail_if(f"({' or '.join(counts)}) and facts.escape(nodes, (root,), shared) is not None")
@@ -327,7 +304,10 @@ class _Writer:
         return list(found.values())
 
     def _roots(self) -> set[str]:
-        return {self.calls[id(option)] for option in _flat(self.pattern.outputs[0]) if id(option) in self.calls}
+        """Calls that occur as the root and nowhere else."""
+        options = list(_flat(self.pattern.outputs[0]))
+        inside = {id(below) for option in options for below in walk(*option.children)}
+        return {self.calls[id(option)] for option in options if id(option) in self.calls and id(option) not in inside}
 
     def _group(self, variable: str, calls: list[Call], lists: list[str]) -> None:
         parts = [self.calls[id(call)] for call in calls] + [f"*{name}" for name in lists]
@@ -350,7 +330,7 @@ class _Writer:
         match expression:
             case Call():
                 targets = self.constant(frozenset(expression.operator.targets))
-                if look_through and self.pattern.transparent:
+                if look_through and self.kinds:
                     return f"behind(facts, KINDS, {value}, {targets}, None) is not None"
                 return f"({value}.__class__ is Node and {value}.target in {targets})"
             case Var():
@@ -362,7 +342,7 @@ class _Writer:
     def _disjoint(self, one: Expression, other: Expression) -> bool:
         """Whether no value is feasible for both."""
         if isinstance(one, Call) and isinstance(other, Call):
-            return not self.pattern.transparent and not (set(one.operator.targets) & set(other.operator.targets))
+            return not self.kinds and not (set(one.operator.targets) & set(other.operator.targets))
         nodes, constants = (Call, Var), (Const, Literal, Dim, Sequence)
         return (isinstance(one, nodes) and isinstance(other, constants)) or (
             isinstance(one, constants) and isinstance(other, nodes)
@@ -380,7 +360,7 @@ class _Writer:
         """Bind a name, or check that it stands for the same as before."""
         variable = f"c_{name}"
         if variable in self.certain:
-            self.fail_if(f"not {again}")
+            self.fail_if(f"not ({again})")
             return
         if name not in self.named:
             for text in first or []:
@@ -388,11 +368,9 @@ class _Writer:
             self.line(f"{variable} = {value}")
             self._captured(name)
             return
-        self.line(f"if {variable} is not MISSING:")
-        with _Branch(self):
-            self.fail_if(f"not {again}")
-        self.line("else:")
-        with _Branch(self):
+        with self.branch(f"if {variable} is not MISSING"):
+            self.fail_if(f"not ({again})")
+        with self.branch("else"):
             for text in first or []:
                 self.line(text)
             self.line(f"{variable} = {value}")
@@ -400,47 +378,7 @@ class _Writer:
 
     def _captured(self, name: str) -> None:
         self.named.add(name)
-        self._bound(f"c_{name}")
-
-    def _bound(self, variable: str) -> None:
-        if not self.conditional:
-            self.certain.add(variable)
-        elif variable not in self.certain:
-            self.open.setdefault(variable)
-        self.assigned.setdefault(variable)
-
-    def constant(self, value: Any) -> str:
-        name = f"k{len(self.constants)}"
-        self.constants[name] = value
-        return name
-
-    def fresh(self) -> str:
-        self.counter += 1
-        return f"a{self.counter}"
-
-    def fail_if(self, condition: str) -> None:
-        self.line(f"if {condition}: return {self.failure}")
-
-    def line(self, text: str) -> None:
-        self.lines.append("    " * self.depth + text)
-
-
-class _Branch:
-    """Indents what is written inside; what is bound there is not certain after it."""
-
-    def __init__(self, writer: _Writer, indent: bool = True, counts: bool = True) -> None:
-        self.writer, self.indent, self.counts = writer, indent, indent and counts
-
-    def __enter__(self) -> None:
-        self.start = len(self.writer.lines)
-        self.writer.depth += self.indent
-        self.writer.conditional += self.counts
-
-    def __exit__(self, *_: object) -> None:
-        if len(self.writer.lines) == self.start:
-            self.writer.line("pass")
-        self.writer.depth -= self.indent
-        self.writer.conditional -= self.counts
+        self.bound(f"c_{name}")
 
 
 def _flat(expression: Expression) -> Iterator[Expression]:

@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +41,23 @@ _LANGUAGE = {
 }
 
 
+_written_at: ContextVar[str | None] = ContextVar("_written_at", default=None)
+
+
+@contextmanager
+def written_at(location: str) -> Iterator[None]:
+    """Expressions made in this block were written at ``location``, whoever calls: for patterns made by a program."""
+    token = _written_at.set(location)
+    try:
+        yield
+    finally:
+        _written_at.reset(token)
+
+
 def defined() -> str:
     """``file:line`` of the innermost caller outside the pattern language: where the author wrote the expression."""
+    if (location := _written_at.get()) is not None:
+        return location
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename in _LANGUAGE:
         frame = frame.f_back

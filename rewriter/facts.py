@@ -345,6 +345,10 @@ class Facts:
             roots = {root for value in self.written(node) for root in self.alias_roots(value)}
             for root in roots:
                 table.setdefault(root, []).append(node)
+        # A caller may pass tensors that overlap: a write to one input may be a write to any.
+        to_inputs = {writer for root, writers in table.items() if root.op == "placeholder" for writer in writers}
+        if to_inputs:
+            table |= {given: sorted(to_inputs) for given in self.graph.find_nodes(op="placeholder")}
         return table
 
 

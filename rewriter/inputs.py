@@ -74,16 +74,41 @@ def infer(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _transformers_inputs(model: Any) -> dict[str, Any]:
+    """What the model's kind takes: an image, sound and text, an image and text, or what it declares."""
     names, _ = signature(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        config = model.config
-        size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return {"pixel_values": torch.zeros(2, config.num_channels, *size, dtype=dtype, device=device)}
-    vocabulary = getattr(model.config, "vocab_size", None) or 8
+    text = getattr(model.config, "text_config", model.config)
+    vocabulary = getattr(text, "vocab_size", None) or 8
     ids = {k: (v % vocabulary).to(device) for k, v in dict(model.dummy_inputs).items() if isinstance(v, Tensor)}
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        return {"pixel_values": _image(model, device)}
+    if main == "input_features" and "decoder_input_ids" in names:
+        return {"input_features": _sound(model, device), "decoder_input_ids": ids["input_ids"]}
+    if hasattr(model, "get_text_features") and "pixel_values" in names:  # two encoders side by side
+        ids["pixel_values"] = _image(model, device, len(ids["input_ids"]))
     return add_mask(names, ids)
+
+
+def _image(model: Any, device: torch.device, count: int = 2) -> Tensor:
+    """Zeros [count, channels, height, width] of the size the model is configured for."""
+    config = getattr(model.config, "vision_config", model.config)
+    size = config.image_size if isinstance(config.image_size, Sequence) else (config.image_size,) * 2
+    return torch.zeros(count, config.num_channels, *size, dtype=_dtype(model), device=device)
+
+
+def _sound(model: Any, device: torch.device) -> Tensor:
+    """Zeros [rows, mel bins, frames]: convolutions of stride 2 make one position of two frames.
+
+    As many rows as transformers' dummy ids have, which are the decoder's part of the call.
+    """
+    config, rows = model.config, len(model.dummy_inputs["input_ids"])
+    frames = 2 * config.max_source_positions
+    return torch.zeros(rows, config.num_mel_bins, frames, dtype=_dtype(model), device=device)
+
+
+def _dtype(model: Any) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def add_mask(names: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:

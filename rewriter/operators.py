@@ -18,9 +18,11 @@ from rewriter.pattern import Transparent
 
 __all__ = [
     "ALIAS", "CONTIGUOUS", "DETACH", "EVAL_DROPOUT", "NOOP_CAST", "NOOP_SHAPE", "VALUE_PRESERVING", "add", "addmm",
-    "baddbmm", "cast", "cat", "div", "dropout", "embedding", "exp", "expand", "gelu", "layer_norm", "linear", "matmul",
-    "mean", "mul", "neg", "power", "relu", "repeat_interleave", "reshape", "rsqrt", "rsub", "sdpa", "sigmoid", "silu",
-    "softmax", "sub", "swap_last", "tanh", "unsqueeze",
+    "amax", "baddbmm", "cast", "cat", "chunk", "cross_entropy", "div", "dropout", "embedding", "erf", "exp", "expand",
+    "flatten", "gather", "gelu", "layer_norm", "linear", "log", "log_softmax", "logsumexp", "masked_fill", "matmul",
+    "mean", "mul", "ndtr", "neg", "nll_loss", "power", "relu", "repeat_interleave", "reshape", "rms_norm", "rsqrt",
+    "rsub", "sdpa", "select", "sigmoid", "silu", "softmax", "sqrt", "square", "squeeze", "stack", "sub", "swap_last",
+    "take", "tanh", "total", "unsqueeze", "where",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -75,11 +77,23 @@ def _read_swap(facts: Facts, node: Node) -> Mapping[str, Any] | str:
 # x W^T + b, and b + x W with the weight stored [in, out] (transformers' Conv1D)
 linear = Operator("linear", (aten.linear.default,), ("x", "weight", "bias"))
 addmm = Operator("addmm", (aten.addmm.default,), ("bias", "x", "weight"))
-baddbmm = Operator("baddbmm", (aten.baddbmm.default,), ("bias", "x", "y"))
+baddbmm = Operator("baddbmm", (aten.baddbmm.default,), ("bias", "x", "y", "beta", "alpha"))
 embedding = Operator("embedding", (aten.embedding.default,), ("weight", "ids", "padding_idx"))
 
 # softmax(x, dim), computed in `dtype` where one is given
 softmax = Operator("softmax", (aten.softmax.int,), ("x", "dim", "dtype"), casts=True)
+log_softmax = Operator("log_softmax", (aten.log_softmax.int,), ("x", "dim", "dtype"), casts=True)
+logsumexp = Operator("logsumexp", (aten.logsumexp.default,), ("x", "dim", "keepdim"))
+nll_loss = Operator(
+    "nll_loss",
+    (aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default),
+    ("x", "target", "weight", "reduction", "ignore_index"),
+)
+cross_entropy = Operator(
+    "cross_entropy",
+    (aten.cross_entropy_loss.default,),
+    ("x", "target", "weight", "reduction", "ignore_index", "label_smoothing"),
+)
 sdpa = Operator(
     "scaled_dot_product_attention",
     (aten.scaled_dot_product_attention.default,),
@@ -87,12 +101,20 @@ sdpa = Operator(
 )
 dropout = Operator("dropout", (aten.dropout.default,), ("x", "p", "train"))
 layer_norm = Operator("layer_norm", (aten.layer_norm.default,), ("x", "shape", "weight", "bias", "eps", "cudnn"))
+rms_norm = Operator("rms_norm", (aten.rms_norm.default,), ("x", "shape", "weight", "eps"))
 mean = Operator("mean", (aten.mean.dim,), ("x", "dim", "keepdim", "dtype"), casts=True)
+total = Operator("sum", (aten.sum.dim_IntList,), ("x", "dim", "keepdim", "dtype"), casts=True)
+amax = Operator("amax", (aten.amax.default,), ("x", "dim", "keepdim"))
 
 exp = Operator("exp", (aten.exp.default,), ("x",))
+log = Operator("log", (aten.log.default,), ("x",))
+erf = Operator("erf", (aten.erf.default, aten.special_erf.default), ("x",))
+ndtr = Operator("normal distribution function", (aten.special_ndtr.default,), ("x",))
 gelu = Operator("gelu", (aten.gelu.default,), ("x", "approximate"))
 relu = Operator("relu", (aten.relu.default,), ("x",))
 rsqrt = Operator("rsqrt", (aten.rsqrt.default,), ("x",))
+sqrt = Operator("sqrt", (aten.sqrt.default,), ("x",))
+square = Operator("square", (aten.square.default,), ("x",))
 sigmoid = Operator("sigmoid", (aten.sigmoid.default,), ("x",))
 silu = Operator("silu", (aten.silu.default,), ("x",))
 tanh = Operator("tanh", (aten.tanh.default,), ("x",))
@@ -101,6 +123,15 @@ cat = Operator("cat", (aten.cat.default,), ("tensors", "dim"))
 expand = Operator("expand", (aten.expand.default,), ("x", "size"))
 reshape = Operator("reshape", (aten.reshape.default, aten.view.default, aten._unsafe_view.default), ("x", "shape"))
 repeat_interleave = Operator("repeat_interleave", (aten.repeat_interleave.self_int,), ("x", "repeats", "dim"))
+gather = Operator("gather", (aten.gather.default,), ("x", "dim", "index"))
+select = Operator("select", (aten.select.int,), ("x", "dim", "index"))
+squeeze = Operator("squeeze", (aten.squeeze.dim,), ("x", "dim"))
+masked_fill = Operator("masked_fill", (aten.masked_fill.Scalar, aten.masked_fill.Tensor), ("x", "mask", "value"))
+where = Operator("where", (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf), ("condition", "x", "y"))
+take = Operator("slice", (aten.slice.Tensor,), ("x", "dim", "start", "end", "step"))
+stack = Operator("stack", (aten.stack.default,), ("tensors", "dim"), new_dims=1)
+flatten = Operator("flatten", (aten.flatten.using_ints,), ("x", "start_dim", "end_dim"))
+chunk = Operator("chunk", (aten.chunk.default,), ("x", "chunks", "dim"))
 unsqueeze = Operator("unsqueeze", (aten.unsqueeze.default,), ("x", "dim"), new_dims=1)
 cast = Operator("cast", _CASTS, ("x", "dtype"), casts=True, read=_read_cast)
 swap_last = Operator("transpose of the last two dimensions", _SWAPS, ("x",), read=_read_swap)

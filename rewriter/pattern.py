@@ -233,8 +233,7 @@ def _required(*expressions: Expression) -> Iterator[Call]:
 
 def _routes(expression: Expression, is_leaf: Callable[[Expression], bool]) -> Iterator[Route]:
     if is_leaf(expression):
-        yield expression, ()
-        return
+        yield expression, ()  # and deeper: of alternatives, the one that was bound may be another
     step = (frozenset(expression.operator.targets),) if isinstance(expression, Call) else ()
     for child in expression.children:
         for leaf, passed in _routes(child, is_leaf):

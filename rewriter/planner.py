@@ -4,36 +4,40 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rewriter import registry, store
-from rewriter.editing import Editor
+from rewriter.editing import Edit, Editor
 from rewriter.errors import LegalityError, PlanError
+from rewriter.fixpoint import to_fixpoint
 from rewriter.matcher import Miss
 from rewriter.modes import neutral
-from rewriter.narrow import all_finite
 from rewriter.program import Program
-from rewriter.rules import Address, Pass, Rule, Site, full_names, locate
+from rewriter.rewriting import Session, disjoint, generator, unfit
+from rewriter.rules import Address, Pass, Refusals, Rule, Site, full_names, locate, near_misses
 
 if TYPE_CHECKING:
     from rewriter.calibration import Statistics
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no stages: neighbours of one rule were one
 _WEIGHTS = "weights"  # the step of a miss whose weights cannot be rewritten
 Selection = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One decision: this rule, with these settings and choices, at this address."""
+    """One decision: this rule, with these settings and choices, at this address.
+
+    Sites of one stage are located together, on the program that the stages before it left, and commute.
+    """
 
     address: Address
     paths: tuple[str, ...]
@@ -43,6 +47,7 @@ class PlannedSite:
     settings: Mapping[str, Any]
     choice: Mapping[str, Any]
     seed: int
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,12 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Raises PlanError for a plan of a newer schema or with unknown passes or rules."""
-        if data.get("schema") != SCHEMA:
-            raise PlanError(f"plan schema {data.get('schema')!r} is not the one this version reads ({SCHEMA})")
+        if data.get("schema") not in (1, SCHEMA):
+            raise PlanError(f"plan schema {data.get('schema')!r} is not one this version reads (1 to {SCHEMA})")
         try:
-            plan = cls(str(data["structure"]), tuple(_site_from_json(s) for s in data["sites"]), data.get("statistics"))
+            sites = [_site_from_json(s) for s in data["sites"]]
+            sites = _staged(sites) if data["schema"] == 1 else sites
+            plan = cls(str(data["structure"]), tuple(sites), data.get("statistics"))
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"not a plan: {error!r} is missing or of the wrong kind") from error
         for site in plan.sites:
@@ -94,8 +101,9 @@ def plan(
 ) -> Plan:
     """Decide which site gets which rule.
 
-    EXACT passes come first and are applied to a scratch copy; approximate passes then match that one program, and a
-    site wanted by two goes to: ``select``, then the more specific view, then list order. The loser is a miss.
+    EXACT passes come first and are applied to a scratch copy, round after round until none of their rules applies;
+    approximate passes then match that one program, and a site wanted by two goes to: ``select``, then the more
+    specific view, then list order. The loser is a miss.
 
     Args:
         program: what to rewrite; not changed.
@@ -107,25 +115,19 @@ def plan(
         seed: seeds every random draw together with the site's address and the rule.
 
     Raises:
-        PlanError: unknown pass or option, ``expect`` or an exact ``select`` not met.
+        PlanError: unknown pass or option, ``expect`` or an exact ``select`` not met, rules that never come to an end
+            or do not do what they claim.
         LegalityError: a site that ``select`` names exactly would be unsound to rewrite, or weights that ``expect``
             counts on cannot be rewritten.
     """
     resolved = registry.resolve(passes)
     chosen = _Selector(select or {}, [p.name for p in resolved])
     _refuse_untrained(resolved, allow_untrained)
-    scratch = program.fork(_copy_of_store(program))
-    sites: list[PlannedSite] = []
-    misses: list[Miss] = []
-    for one in (p for p in resolved if p.contract.exact):
-        for rule in one.rules():
-            taken, missed = _take(scratch, [(one, rule)], chosen, statistics, seed)
-            misses += missed
-            sites += [planned for planned, _ in taken]
-            _apply_structure(scratch, taken)
+    scratch = program.fork(_copy_of_store(program), compile=False)
+    sites, misses = _exact(scratch, [p for p in resolved if p.contract.exact], chosen, statistics, seed)
     rest = [(p, rule) for p in resolved if not p.contract.exact for rule in p.rules()]
-    taken, missed = _take(scratch, rest, chosen, statistics, seed)
-    sites += [planned for planned, _ in taken]
+    taken, missed = _take(rest, [locate(rule, scratch) for _, rule in rest], scratch, chosen, statistics, seed)
+    sites += _staged([planned for planned, _ in taken], after=sites)
     misses += missed
     chosen.check(sites, misses)
     _check_expected(expect or {}, sites, misses, resolved)
@@ -155,29 +157,77 @@ def rule_of(site: PlannedSite) -> Rule:
 
 def generator_for(site: PlannedSite) -> torch.Generator:
     """The site's own random stream: a function of (seed, address, rule) and nothing else."""
-    return _generator(site.seed, site.address, site.rule)
+    return generator(site.seed, site.address, site.rule)
 
 
-def _generator(seed: int, address: Address, rule: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{address}/{rule}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+def stages(plan: Plan) -> list[tuple[Rule, list[PlannedSite]]]:
+    """The plan's stages in order, each with its rule."""
+    ordered = sorted(plan.sites, key=lambda site: site.stage)
+    grouped = [list(group) for _, group in groupby(ordered, key=lambda site: (site.stage, _rule_key(site)))]
+    return [(rule_of(sites[0]), sites) for sites in grouped]
+
+
+def _rule_key(site: PlannedSite) -> tuple[str, str, str]:
+    return site.pass_name, site.rule, repr(sorted(site.settings.items()))
+
+
+def _staged(sites: Sequence[PlannedSite], after: Sequence[PlannedSite] = ()) -> list[PlannedSite]:
+    """One stage for each run of sites of one rule, numbered on from those of ``after``."""
+    first = max((site.stage for site in after), default=-1) + 1
+    runs = groupby(sites, key=_rule_key)
+    return [dataclasses.replace(site, stage=first + number) for number, (_, run) in enumerate(runs) for site in run]
 
 
 # ------------------------------------------------------------------------------------------------- who gets what
 
 
+def _exact(
+    scratch: Program, passes: Sequence[Pass], chosen: _Selector, statistics: Statistics | None, seed: int
+) -> tuple[list[PlannedSite], list[Miss]]:
+    """Run exact rules on the scratch program to the end, and note what they did and, at the end, why not more."""
+    rules = [(one, rule) for one in passes for rule in one.rules()]
+    session = Session(scratch)
+    sites: list[PlannedSite] = []
+    misses: list[list[Miss]] = [[] for _ in rules]  # of the last time each rule was asked
+    number = 0
+
+    def stage(index: int) -> list[Edit]:
+        nonlocal number
+        rule = rules[index][1]
+        found = locate(rule, scratch, round=session.round(rule), explain=False)
+        found = dataclasses.replace(found, sites=tuple(session.open_sites(rule, found.sites)))
+        taken, misses[index] = _take([rules[index]], [found], scratch, chosen, statistics, seed)
+        kept = {id(site) for site in disjoint(site for _, site in taken)}
+        taken = [(planned, site) for planned, site in taken if id(site) in kept]
+        edits = session.carry_out(
+            rule, [(site, planned.choice, declare(session.editor, planned, site)) for planned, site in taken]
+        )
+        done = [planned for (planned, _), edit in zip(taken, edits, strict=True) if edit is not None]
+        sites.extend(dataclasses.replace(planned, stage=number) for planned in done)
+        number += bool(done)
+        return [edit for edit in edits if edit is not None]
+
+    to_fixpoint(session.editor, [rule for _, rule in rules], stage)
+    explained = [miss for (_, rule), known in zip(rules, misses, strict=True) for miss in (*known, *near_misses(rule, scratch))]
+    return sites, [*explained, *session.misses]
+
+
 def _take(
-    program: Program, rules: Sequence[tuple[Pass, Rule]], chosen: _Selector, statistics: Statistics | None, seed: int
+    rules: Sequence[tuple[Pass, Rule]],
+    located: Sequence[Refusals],
+    program: Program,
+    chosen: _Selector,
+    statistics: Statistics | None,
+    seed: int,
 ) -> tuple[list[tuple[PlannedSite, Site]], list[Miss]]:
     """Sites of several rules on one program, conflicts settled; in rule order, then graph order."""
     candidates: list[tuple[Pass, Rule, Site]] = []
     misses: list[Miss] = []
-    for one, rule in rules:
-        found = locate(rule, program)
+    for (one, rule), found in zip(rules, located, strict=True):
         misses += found.misses
         for site in found.sites:
             protected = chosen.forbids(one.name, site)
-            reason = protected or _bad_weights(program, site)
+            reason = protected or unfit(program, site)
             if reason is not None:
                 misses.append(_miss(program, site, reason, "plan" if protected else _WEIGHTS))
                 continue
@@ -200,27 +250,10 @@ def _take(
         if id(candidate) not in winners:
             continue
         one, rule, site = candidate
-        choice = rule.settle(site, program, statistics, _generator(seed, site.address, rule.name))
+        choice = rule.settle(site, program, statistics, generator(seed, site.address, rule.name))
         planned = PlannedSite(site.address, site.paths, one.name, rule.name, rule.version, one.settings(), choice, seed)
         taken.append((planned, site))
     return taken, misses
-
-
-def _bad_weights(program: Program, site: Site) -> str | None:
-    """Weights no rule can take new parameters from."""
-    for name in site.rule.replaced_tensors(site.match):
-        tensor = program.tensor(name)
-        if name.startswith(store.CONSTANTS + "."):
-            return "the weight is a constant of the model's code, not a parameter or buffer"
-        if tensor.is_complex():
-            return f"weight {name!r} is complex ({tensor.dtype}); only real floating weights can be rewritten"
-        if not tensor.is_floating_point():
-            return f"weight {name!r} is an integer tensor ({tensor.dtype}); only real floating weights can be rewritten"
-        if isinstance(tensor, torch._subclasses.FakeTensor):
-            continue  # made by an exact rule from tensors that were checked
-        if not all_finite(tensor):
-            return f"weight {name!r} has NaN or infinite values; repair the checkpoint before it is rewritten"
-    return None
 
 
 def _miss(program: Program, site: Site, reason: str, step: str = "plan") -> Miss:
@@ -235,23 +268,11 @@ def _miss(program: Program, site: Site, reason: str, step: str = "plan") -> Miss
     )
 
 
-def _apply_structure(scratch: Program, taken: Sequence[tuple[PlannedSite, Site]]) -> None:
-    """Edit the scratch graph as apply would, with fake tensors in place of new parameters."""
-    editor = Editor(scratch)
-    for planned, site in taken:
-        tensors = declare(editor, planned, site)
-        editor.rewrite(site, tensors, planned.choice)
-        for name, tensor in tensors.items():
-            store.put(scratch.root, name, tensor)
-    editor.finish()
-
-
 def declare(editor: Editor, planned: PlannedSite, site: Site) -> dict[str, Tensor]:
     """The new parameters of an exact site as fake tensors, by full name: shapes and dtypes without values."""
-    nodes = editor.program.parameter_nodes()
 
     def read(name: str) -> Tensor:
-        value: Tensor = nodes[name].meta["val"]
+        value: Tensor = editor.reader(name).meta["val"]
         return value
 
     with editor.fake_mode:
@@ -360,7 +381,7 @@ def _refuse_untrained(passes: Iterable[Pass], allowed: bool) -> None:
 def _site_to_json(site: PlannedSite) -> dict[str, Any]:
     a = site.address
     return {
-        "address": {"path": a.path, "role": a.role, "ordinal": a.ordinal, "digest": a.digest},
+        "address": {"path": a.path, "role": a.role, "ordinal": a.ordinal, "digest": a.digest, "round": a.round},
         "paths": list(site.paths),
         "pass": site.pass_name,
         "rule": site.rule,
@@ -368,12 +389,13 @@ def _site_to_json(site: PlannedSite) -> dict[str, Any]:
         "settings": dict(site.settings),
         "choice": dict(site.choice),
         "seed": site.seed,
+        "stage": site.stage,
     }
 
 
 def _site_from_json(data: Mapping[str, Any]) -> PlannedSite:
     a = data["address"]
-    address = Address(str(a["path"]), str(a["role"]), int(a["ordinal"]), str(a["digest"]))
+    address = Address(str(a["path"]), str(a["role"]), int(a["ordinal"]), str(a["digest"]), int(a.get("round", 0)))
     return PlannedSite(
         address,
         tuple(data["paths"]),
@@ -383,6 +405,7 @@ def _site_from_json(data: Mapping[str, Any]) -> PlannedSite:
         dict(data["settings"]),
         dict(data["choice"]),
         int(data["seed"]),
+        int(data.get("stage", 0)),
     )
 
 

@@ -105,10 +105,13 @@ class Program:
             )
         return rebuild(self.result, self.graph_module(*flat))
 
-    def fork(self, root: nn.Module | None = None) -> Program:
-        """A copy with a graph of its own, bound to ``root`` (default: the same store)."""
+    def fork(self, root: nn.Module | None = None, *, compile: bool = True) -> Program:
+        """A copy with a graph of its own, bound to ``root`` (default: the same store).
+
+        Without ``compile`` the copy can be searched and edited, and runs after :meth:`rebind`.
+        """
         root = self.root if root is None else root
-        module = store.bind(copy.deepcopy(self.graph), root, self.constants, self.bodies)
+        module = store.bind(copy.deepcopy(self.graph), root, self.constants, self.bodies, compile=compile)
         return Program(
             module,
             root,
@@ -122,9 +125,9 @@ class Program:
             self.training,
         )
 
-    def rebind(self) -> None:
-        """Compile the edited graph and hang the store's present namespaces below it."""
-        self.graph_module = store.bind(self.graph, self.root, self.constants, self.bodies)
+    def rebind(self, compile: bool = True) -> None:
+        """Compile the edited graph (unless more edits follow) and hang the store's present namespaces below it."""
+        self.graph_module = store.bind(self.graph, self.root, self.constants, self.bodies, compile=compile)
         self.__dict__.pop("facts", None)
 
     def digest(self) -> str:

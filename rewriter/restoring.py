@@ -99,9 +99,12 @@ class _Restoration:
         module = self.skeleton.materialise(self.tensors.get, parameters=True)
         for path, replacement in self.modules.items():
             _replace(module, path, replacement, self.opt.training)
+        held = dict(module.named_modules())
+        for path in self.skeleton.caching:
+            # A path may lie in a module that was replaced, and then there is nothing to switch on.
+            if (own := getattr(held.get(path), "config", None)) is not None:
+                own.use_cache = True
         config = getattr(module, "config", None)
-        if config is not None and self.skeleton.cache_switched_off:
-            config.use_cache = True
         if config is not None and getattr(config, "tie_word_embeddings", False) and self._untied():
             config.tie_word_embeddings = False  # tied weights became two things; nothing may tie them again
         missing = _unfilled(module, self.tensors, self.skeleton.names, set(self.modules.values()))

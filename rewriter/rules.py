@@ -8,6 +8,7 @@ Pass = a family's options and the rules they configure
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from rewriter.matcher import Match, Miss
+from rewriter.regions import inside_bodies
 
 if TYPE_CHECKING:
     from rewriter.calibration import Statistics
@@ -63,16 +65,26 @@ def LEARNED(recipe: str) -> Contract:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a site is, in terms that outlive torch releases: never an FX node name."""
+    """Where a site is, in terms that outlive torch releases: never an FX node name.
+
+    Attributes:
+        path: of the module.
+        role: what the rule sees there (the view's name).
+        ordinal: among the rule's sites of one path, in graph order.
+        digest: of the rule and the shapes of what it replaces.
+        round: how often the rule had been applied before it found this site: later rounds see what earlier ones made.
+    """
 
     path: str
     role: str
     ordinal: int
     digest: str
+    round: int = 0
 
     def __str__(self) -> str:
         number = f"#{self.ordinal}" if self.ordinal else ""
-        return f"{self.path}:{self.role}{number}@{self.digest}"
+        again = f"~{self.round}" if self.round else ""
+        return f"{self.path}:{self.role}{number}{again}@{self.digest}"
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,10 @@ class Rule(ABC):
     @abstractmethod
     def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
         """Matches in graph order, and near misses with their reasons."""
+
+    def matches(self, program: Program) -> Sequence[Match]:
+        """The matches of :meth:`find` alone; for rules that find them without looking for reasons."""
+        return self.find(program)[0]
 
     def refusal(self, program: Program, match: Match) -> str | None:
         """Why this match must be left alone, or None."""
@@ -210,39 +226,93 @@ def full_names(rule: Rule, site: Site, choice: Mapping[str, Any]) -> tuple[str, 
     return tuple(f"{prefix}.{role}" if prefix else role for role in rule.roles(site.match, choice))
 
 
-def locate(rule: Rule, program: Program) -> Refusals:
-    """All sites of ``rule`` in graph order, each with its address; refused matches become misses."""
-    matches, misses = rule.find(program)
+def locate(rule: Rule, program: Program, *, round: int = 0, explain: bool = True) -> Refusals:
+    """All sites of ``rule`` in graph order, each with its address; refused matches become misses.
+
+    Args:
+        rule, program: what to look for, and where.
+        round: becomes part of the addresses.
+        explain: also say where the rule nearly applies (costs more than finding where it does).
+    """
+    matches: Sequence[Match]
+    matches, missed = rule.find(program) if explain else (rule.matches(program), ())
+    refused = near_misses(rule, program, missed) if explain else []
     kept: list[Match] = []
-    refused = [dataclasses.replace(miss, rule=rule.name) for miss in misses]  # a view's misses carry the view's name
+    blocked: dict[str, str] = {}  # tensor -> why a match that reads it was refused
     for match in matches:
-        reason = rule.refusal(program, match)
+        reason = rule.refusal(program, match) or disorder(rule, match)
         if reason is None:
             kept.append(match)
             continue
-        refused.append(
-            Miss(
-                rule=rule.name,
-                site=match.path,
-                step="guard",
-                reason=reason,
-                expected="",
-                found="",
-                source=program.facts.source(match.root),
-            )
-        )
+        blocked |= dict.fromkeys(rule.replaced_tensors(match), reason)
+        refused.append(_refused(rule, program, match, reason))
     groups: dict[Any, list[Match]] = {}
     for match in kept:
         groups.setdefault(rule.replaced_tensors(match) or match.root, []).append(match)
     counted: dict[str, int] = {}
     sites = []
     for group in groups.values():
+        shared = _read_elsewhere(rule, program, group, blocked)
+        if shared is not None:
+            refused += [_refused(rule, program, match, shared) for match in group]
+            continue
         path = rule.prefix(group[0])
         ordinal = counted[path] = counted.get(path, -1) + 1
-        address = Address(path, rule.role, ordinal, _digest(rule, program, group[0]))
+        address = Address(path, rule.role, ordinal, _digest(rule, group[0]), round)
         paths = dict.fromkeys(p for match in group for p in match.paths)
         sites.append(Site(rule, address, tuple(group), tuple(paths)))
     return Refusals(tuple(sites), tuple(refused))
+
+
+def near_misses(rule: Rule, program: Program, missed: Sequence[Miss] | None = None) -> list[Miss]:
+    """Where the rule nearly applies, under its own name (a view's misses carry the view's), and where it would but for
+    the control-flow body around the place. ``missed`` is the second result of :meth:`Rule.find`, where it is at hand.
+    """
+    found = rule.find(program)[1] if missed is None else missed
+    return [
+        *(dataclasses.replace(miss, rule=rule.name) for miss in found),
+        *inside_bodies(rule.name, program, rule.matches),
+    ]
+
+
+def disorder(rule: Rule, match: Match) -> str | None:
+    """Why no single place in the graph lies after all inputs of a match and before all readers of its outputs."""
+    roots = rule.replaced_nodes(match)
+    if len(roots) < 2:
+        return None
+    inside = {*match.nodes, *roots}
+    latest = max((n for node in inside for n in node.all_input_nodes if n not in inside), default=None)
+    if latest is None or latest < min(roots):
+        return None
+    early = [user for root in roots for user in root.users if user not in inside and not latest < user]
+    return f"{early[0].name} reads one output before {latest.name}, an input of another, is computed" if early else None
+
+
+def _refused(rule: Rule, program: Program, match: Match, reason: str) -> Miss:
+    source = program.facts.source(match.root)
+    return Miss(rule=rule.name, site=match.path, step="guard", reason=reason, source=source)
+
+
+def _read_elsewhere(rule: Rule, program: Program, group: Sequence[Match], blocked: Mapping[str, str]) -> str | None:
+    """Why the tensors of a site must stay although each of its matches may go: a shared layer changes whole or not.
+
+    An exact rule must take every reader of the tensors it replaces, or the copies would be trained apart. Approximate
+    rules may leave other uses alone (the embedding a head is tied to), but not another call of the same kind.
+    """
+    names = rule.replaced_tensors(group[0])
+    for name in names:
+        if name in blocked:
+            return f"another place that reads {name} cannot be rewritten: {blocked[name]}"
+    if not names or not rule.contract.exact:
+        return None
+    inside = {node for match in group for node in match.nodes}
+    readers = {n for node in inside for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) in names}
+    views = {node for match in group for node in match.shared}
+    for value in sorted(readers | views):
+        for user in program.facts.users(value):
+            if user not in inside:
+                return f"{value.target if value in readers else value.name} is also read by {user.name}"
+    return None
 
 
 def module_path(node: Node) -> str:
@@ -257,8 +327,16 @@ def provenance(node: Node) -> dict[str, Any]:
     return written
 
 
-def _digest(rule: Rule, program: Program, match: Match) -> str:
+def _digest(rule: Rule, match: Match) -> str:
     """Structure of a site: its role and the shapes of what it replaces. The same in any dtype, mode, or call."""
+    names = rule.replaced_tensors(match)
+    if not names:
+        return _hashed(f"{rule.name}/{rule.role}/[]")
     read = {str(n.target): n for node in match.nodes for n in node.all_input_nodes if n.op == "get_attr"}
-    shapes = [tuple(int(s) for s in read[name].meta["val"].shape) for name in rule.replaced_tensors(match)]
-    return hashlib.sha256(f"{rule.name}/{rule.role}/{shapes}".encode()).hexdigest()[:8]
+    shapes = [tuple(int(s) for s in read[name].meta["val"].shape) for name in names]
+    return _hashed(f"{rule.name}/{rule.role}/{shapes}")
+
+
+@functools.cache
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -89,6 +89,8 @@ class Skeleton:
     Attributes:
         module: the tree; its parameters and buffers have no elements but the right dtype and device.
         names: canonical name -> all names (ties).
+        caching: paths of modules whose configuration asked for a key/value cache, which is off here: a cache object
+            cannot leave a captured graph. One path per configuration; parts of a model may have their own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -105,12 +107,7 @@ class Skeleton:
         self.names = {canonical: tuple(all_names) for canonical, all_names in names.items()}
         self.module = _copy(model, stubs)
         self.module.zero_grad()
-        config = getattr(self.module, "config", None)
-        self.cache_switched_off = config is not None and bool(getattr(config, "use_cache", False))
-        if config is not None and self.cache_switched_off:
-            config.use_cache = (
-                False  # a cache object cannot leave a captured graph; the caller's config is another object
-            )
+        self.caching = tuple(_switch_caches_off(self.module))
 
     def materialise(self, values: Callable[[str], Tensor | None], *, parameters: bool = False) -> nn.Module:
         """The module with tensors of full shape.
@@ -131,6 +128,15 @@ class Skeleton:
     def copy(self) -> Skeleton:
         """Another skeleton of the same model, with its own modes, dtypes and device."""
         return copy.deepcopy(self)
+
+
+def _switch_caches_off(model: nn.Module) -> Iterator[str]:
+    """Switch ``config.use_cache`` off wherever it is on; the paths. (The caller's configurations are other objects.)"""
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+            yield path
 
 
 def _like(original: Tensor, value: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from rewriter.flatcode import FlatCode
+
 CONSTANTS = "_constants"  # namespace of the tensors a program lifted out of the model's code; one per program
 
 # Decorates what makes tensors that stay: made in inference mode they could never be trained.
@@ -112,8 +114,13 @@ def shared(root: nn.Module) -> Namespace:
     return copied
 
 
-def bind(graph: Graph, root: nn.Module, constants: Namespace, bodies: dict[str, GraphModule]) -> GraphModule:
-    """A graph module that computes ``graph`` on the tensors of ``root``, which stay the root's."""
+def bind(
+    graph: Graph, root: nn.Module, constants: Namespace, bodies: dict[str, GraphModule], *, compile: bool = True
+) -> GraphModule:
+    """A graph module that computes ``graph`` on the tensors of ``root``, which stay the root's.
+
+    Without ``compile`` it can be searched and edited, not called: compiling takes as long as everything else together.
+    """
     module = GraphModule(nn.Module(), Graph())
     module.__dict__["_parameters"] = root._parameters
     module.__dict__["_buffers"] = root._buffers
@@ -121,5 +128,10 @@ def bind(graph: Graph, root: nn.Module, constants: Namespace, bodies: dict[str, 
         module._modules[name] = child
     module._modules[CONSTANTS] = constants
     module._modules.update(bodies)
-    module.graph = graph  # compiles
+    graph.set_codegen(FlatCode())
+    if compile:
+        module.graph = graph
+    else:
+        module._graph = graph
+        graph.owning_module = module
     return module

@@ -8,6 +8,9 @@ Each view finds its matches in a program and explains where it nearly matched:
     attention   softmax(q kᵀ) v    captures q, k, v, mask, scale, ... (see `rewriter.views.attention`)
     qkv         linears of one input that feed one attention
     head        the vocabulary-sized last linear, tied or not
+    rms_norm, layer_norm    one operator or written out, as are
+    softmax, log_softmax, cross_entropy, gelu
+    glu         act(gate) · up of two linears, or of the halves of one
 """
 
 from __future__ import annotations
@@ -17,11 +20,23 @@ from types import MappingProxyType
 
 from rewriter.views.attention import ATTENTION
 from rewriter.views.base import View
+from rewriter.views.cross_entropy import CROSS_ENTROPY
 from rewriter.views.embedding import EMBEDDING
+from rewriter.views.gelu import GELU
+from rewriter.views.glu import GLU
 from rewriter.views.head import HEAD
+from rewriter.views.layer_norm import LAYER_NORM
 from rewriter.views.linear import LINEAR
 from rewriter.views.qkv import QKV
+from rewriter.views.rms_norm import RMS_NORM
+from rewriter.views.softmax import LOG_SOFTMAX, SOFTMAX
 
-__all__ = ["ATTENTION", "EMBEDDING", "HEAD", "LINEAR", "QKV", "VIEWS", "View"]
+__all__ = [
+    "ATTENTION", "CROSS_ENTROPY", "EMBEDDING", "GELU", "GLU", "HEAD", "LAYER_NORM", "LINEAR", "LOG_SOFTMAX", "QKV",
+    "RMS_NORM", "SOFTMAX", "VIEWS", "View",
+]  # fmt: skip
 
-VIEWS: Mapping[str, View] = MappingProxyType({view.name: view for view in (LINEAR, EMBEDDING, ATTENTION, QKV, HEAD)})
+_ALL = (
+    LINEAR, EMBEDDING, ATTENTION, QKV, HEAD, RMS_NORM, LAYER_NORM, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, GELU, GLU,
+)  # fmt: skip
+VIEWS: Mapping[str, View] = MappingProxyType({view.name: view for view in _ALL})

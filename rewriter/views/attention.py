@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Attention view: softmax(scale · q kᵀ + mask) v, as one operator or written out.
+"""The Attention view: softmax(scale · q kᵀ + bias + mask) v, as one operator or written out.
 
     sdpa     scaled_dot_product_attention(q, k, v, ...)
-    eager    matmul, scale, mask, (cast), softmax, (cast), (dropout), matmul; the scale may stand on q, k or the scores
+    eager    matmul or baddbmm, scale, (soft-cap), bias, mask, (cast), softmax, (cast), (dropout), matmul;
+             the scale may stand on q, on k, on the scores, or on several of them
 
 Captures:
     q, k, v      nodes [..., heads, length, head dim] as the products read them
-    k_base, v_base, groups   where k and v repeat key/value heads for grouped queries: the tensors before the
+    k_base, v_base, groups   where k and v have fewer heads than q (grouped or multi-query): the tensors before the
                  repetition and how often each head is repeated; else k, v and 1
-    mask         node or None; added to the scores, to which it broadcasts (sdpa: may be boolean, True = keep)
+    mask         node or None; what is added to the scores last, or what decides where they are filled
+    mask_form    ``"added"``, ``"keep"`` (boolean, True = seen), ``"drop"`` (boolean, True = filled), or None
+    fill         float: what a dropped score becomes; None where the mask is added or the operator's own
+    bias         node or None: what is added to the scores before a mask (position bias), or what baddbmm adds (ALiBi)
+    bias_scale   float: the bias is multiplied by it
+    softcap      float or None: the scaled scores s become c · tanh(s / c)
     scale        float (None where it is 1/sqrt of a head dim that is not fixed)
+    split        node or None: where the products work on [batch · heads, ...], the node that views the scores as
+                 [batch, heads, ...]; the mask has those dimensions, a bias of baddbmm those of the products
     is_causal    bool
     dropout_p    float; 0.0 where nothing is dropped
     softmax_dtype   dtype the softmax is computed in where that is said, else None
     spelling     ``"sdpa"`` or ``"eager"``
+
+What the mask lets through is the matter of `rewriter.masks`.
 """
 
 from __future__ import annotations
@@ -32,21 +42,30 @@ from rewriter.operators import (
     CONTIGUOUS,
     NOOP_CAST,
     NOOP_SHAPE,
+    baddbmm,
     cast,
     dropout,
     expand,
+    masked_fill,
     repeat_interleave,
     reshape,
     sdpa,
     softmax,
     swap_last,
+    tanh,
     unsqueeze,
+    where,
 )
 from rewriter.pattern import Anything, Call, Const, Expression, Optional, Var, optionally, pattern
 from rewriter.predicates import Predicate, floating, number
 from rewriter.views.base import View, with_captures
 
+aten = torch.ops.aten
+
 _THROUGH = (NOOP_CAST, CONTIGUOUS, NOOP_SHAPE, ALIAS)
+
+
+# -------------------------------------------------------------------------------------------------- conditions
 
 
 def _widens(facts: Facts, node: Node) -> bool:
@@ -57,14 +76,57 @@ def _widens(facts: Facts, node: Node) -> bool:
     return torch.finfo(after).eps <= torch.finfo(before).eps and torch.finfo(after).max >= torch.finfo(before).max
 
 
+def _reshapes(facts: Facts, node: Node) -> bool:
+    return not same_shape(facts.shape(node.all_input_nodes[0]), facts.shape(node))
+
+
+def _is_number(facts: Facts, value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def constant_number(facts: Facts, node: Node) -> float | None:
+    """The number a tensor without dimensions always is: one made from a literal, or a constant of the model's code."""
+    if facts.shape(node) != ():
+        return None
+    if node.target in (aten.full.default, aten.scalar_tensor.default):
+        value = facts.arguments(node)["fill_value" if node.target is aten.full.default else "s"]
+        return float(value) if _is_number(facts, value) else None
+    tensor = facts.tensor(node)
+    known = tensor is not None and not tensor.requires_grad and tensor.device.type != "meta"
+    return float(tensor.item()) if known and tensor is not None else None
+
+
 def _one_dtype(facts: Facts, captures: Mapping[str, Any]) -> bool:
     return len({facts.dtype(captures[name]) for name in ("q", "k", "v", "output")}) == 1
 
 
-def _mask_fits(facts: Facts, captures: Mapping[str, Any]) -> bool:
-    if captures["mask"] is None:
-        return True
-    return same_shape(facts.shape(captures["masked"]), facts.shape(captures["product"]))
+def _terms_fit(facts: Facts, captures: Mapping[str, Any]) -> bool:
+    """Bias and mask broadcast to the scores, not the scores to them."""
+    scores = facts.shape(captures["split"] or captures["product"])
+    return all(same_shape(facts.shape(captures[n]), scores) for n in ("biased", "masked") if captures[n] is not None)
+
+
+def _split_is_undone(facts: Facts, captures: Mapping[str, Any]) -> bool:
+    """[batch · heads, q, k] is viewed as [batch, heads, q, k] and back, or not at all."""
+    split, joined = captures["split"], captures["joined"]
+    if split is None or joined is None:
+        return split is joined
+    product, scores = facts.shape(captures["product"]) or (), facts.shape(split) or ()
+    kept = len(product) == 3 and len(scores) == 4 and same_shape(product[-2:], scores[-2:])
+    return kept and same_shape(facts.shape(joined), product)
+
+
+def _one_term_each(facts: Facts, captures: Mapping[str, Any]) -> bool:
+    """What baddbmm adds is scaled and capped with the scores, and takes the place of another bias."""
+    return captures["blend"] is None or (captures["bias"] is None and captures["cap"] is captures["cap_inverse"])
+
+
+def _caps_fit(facts: Facts, captures: Mapping[str, Any]) -> bool:
+    inverse, cap = captures["cap_inverse"], captures["cap"]
+    return inverse is None or math.isclose(inverse * cap, 1.0, rel_tol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- patterns
 
 
 def _scaled(value: Expression, name: str) -> Expression:
@@ -73,19 +135,48 @@ def _scaled(value: Expression, name: str) -> Expression:
     return value * times | value / over | value
 
 
+def _filled(scores: Expression) -> Expression:
+    """scores where the mask says so, else one number: a literal or a tensor of no dimensions"""
+    constant = Predicate("a constant number", lambda facts, node: constant_number(facts, node) is not None)
+    literal, tensor = Const("fill", Predicate("a number", _is_number)), Var("fill_tensor", constant)
+    keep, drop = Var("keep"), Var("drop")
+    calls = [
+        call
+        for value in (literal, tensor)
+        for call in (masked_fill(scores, drop, value), where(drop, value, scores), where(keep, scores, value))
+    ]
+    first, *others = (call.named("masked") for call in calls)
+    options: Expression = first
+    for call in others:
+        options = options | call
+    return options
+
+
 def _written_out() -> tuple[Call, Call]:
     """The output of the written-out form, and its softmax."""
     widening = Predicate("a dtype at least as precise", _widens)
+    changing = Predicate("another shape", _reshapes)
     # A boolean mask would be added as 0 and 1 here, while sdpa reads it as "keep".
-    q, k, v, mask = Var("q"), Var("k"), Var("v"), Var("mask", floating)
+    q, k, v, mask, bias = Var("q"), Var("k"), Var("v"), Var("mask", floating), Var("bias", floating)
+    query = _scaled(q, "q")
     key = swap_last(_scaled(k, "k")) | swap_last(k) * Const("kt_times", number)
-    scores = _scaled((_scaled(q, "q") @ key).named("product"), "scores")
-    masked = (scores + mask).named("masked") | scores
-    wide = optionally(lambda s: cast(s).where(widening), masked)
+    product = (query @ key).named("product")
+    blended = baddbmm(Var("blend"), query, key, Const("beta", number), Const("alpha", number)).named("product")
+    scores = _scaled(product | blended, "scores")
+    cap = Const("cap", number)
+    capped = tanh(scores / cap) * cap | tanh(scores * Const("cap_inverse", number)) * cap | scores
+    split = optionally(lambda s: reshape(s, Anything()).where(changing).named("split"), capped)
+    biased = (split + bias).named("biased")
+    masked = _filled(biased | split) | (biased + mask).named("masked") | (split + mask).named("masked") | split
+
+    def joined(value: Expression) -> Expression:
+        return optionally(lambda s: reshape(s, Anything()).where(changing).named("joined"), value)
+
+    wide = optionally(lambda s: cast(s).where(widening), joined(masked))
     probabilities = softmax(wide, -1, Const("softmax_dtype")).where(widening)
     narrow = optionally(cast, probabilities)
     dropped = optionally(lambda p: dropout(p, Const("p"), Const("train")), narrow)
-    return (dropped @ v).named("output"), probabilities
+    return (joined(dropped) @ v).named("output"), probabilities
 
 
 _output, _softmax = _written_out()
@@ -94,7 +185,10 @@ EAGER = pattern(
     _output,
     where=(
         Predicate("q, k, v and the result of one dtype", _one_dtype),
-        Predicate("a mask that broadcasts to the scores", _mask_fits),
+        Predicate("a mask that broadcasts to the scores", _terms_fit),
+        Predicate("heads that are split off the batch and joined to it again", _split_is_undone),
+        Predicate("one bias, outside the soft-cap", _one_term_each),
+        Predicate("the same number inside and outside of tanh", _caps_fit),
     ),
     transparent=_THROUGH,
     anchor=_softmax,
@@ -107,13 +201,16 @@ SDPA = pattern(
     ),
 )  # fmt: skip
 
-# [b, kv, s, d] -> [b, kv, 1, s, d] -> [b, kv, groups, s, d] -> [b, kv·groups, s, d]
+# [b, kv, s, d] -> [b, kv, 1, s, d] -> [b, kv, groups, s, d] -> [b, kv·groups, s, d];  [b, 1, s, d] -> [b, h, s, d]
 _widened = expand(unsqueeze(Var("base"), 2).named("single"), Anything()).named("repeated")
 REPEAT = pattern(
     "repeat of key/value heads",
-    reshape(_widened, Anything()) | repeat_interleave(Var("base"), Const("groups"), 1),
+    reshape(_widened, Anything()) | repeat_interleave(Var("base"), Const("groups"), 1) | expand(Var("base"), Anything()),
     transparent=_THROUGH,
 )
+
+
+# -------------------------------------------------------------------------------------------------- the view
 
 
 def _find(facts: Facts) -> list[Match]:
@@ -128,15 +225,24 @@ def _explain(facts: Facts) -> list[Miss]:
 
 def _eager_terms(facts: Facts, match: Match) -> Match:
     captured = match.captures
-    scale = 1.0
-    for place in ("q", "k", "scores", "kt"):
+
+    def factor(place: str) -> float:
         times, over = captured.get(f"{place}_times"), captured.get(f"{place}_over")
-        scale *= (1.0 if times is None else times) / (1.0 if over is None else over)
+        return float((1.0 if times is None else times) / (1.0 if over is None else over))
+
+    alpha = 1.0 if captured["alpha"] is None else captured["alpha"]
+    beta = 0.0 if captured["blend"] is None else captured["beta"]
+    bias = captured["blend"] if beta else captured["bias"]
     return with_captures(
         match,
         _grouped(facts, captured)
+        | _mask_terms(facts, captured)
         | {
-            "scale": scale,
+            "bias": bias,
+            "bias_scale": float(beta) * factor("scores") if beta else 1.0,
+            "softcap": None if captured["cap"] is None else float(captured["cap"]),
+            "scale": factor("q") * factor("k") * factor("kt") * factor("scores") * alpha,
+            "split": captured["split"],
             "is_causal": False,
             "dropout_p": float(captured["p"]) if captured["train"] else 0.0,
             "softmax_dtype": captured["softmax_dtype"],
@@ -145,21 +251,37 @@ def _eager_terms(facts: Facts, match: Match) -> Match:
     )
 
 
+def _mask_terms(facts: Facts, captured: Mapping[str, Any]) -> dict[str, Any]:
+    """The mask, and what it does to the scores."""
+    filled = {"drop": captured["drop"], "keep": captured["keep"]}
+    for form, mask in filled.items():
+        if mask is not None:
+            tensor = captured["fill_tensor"]
+            fill = captured["fill"] if tensor is None else constant_number(facts, tensor)
+            return {"mask": mask, "mask_form": form, "fill": float(fill)}
+    mask = captured["mask"]
+    return {"mask": mask, "mask_form": None if mask is None else "added", "fill": None}
+
+
 def _sdpa_terms(facts: Facts, match: Match) -> Match:
     captured = match.captures
-    terms = _grouped(facts, captured)
-    q_shape, k_shape = facts.shape(captured["q"]), facts.shape(captured["k"])
+    q_shape, mask = facts.shape(captured["q"]), captured["mask"]
     scale = captured["scale"]
     if scale is None and q_shape is not None and isinstance(q_shape[-1], int):
         scale = 1.0 / math.sqrt(q_shape[-1])
-    if captured["enable_gqa"] and q_shape is not None and k_shape is not None:
-        heads, shared = q_shape[-3], k_shape[-3]
-        terms["groups"] = heads // shared if isinstance(heads, int) and isinstance(shared, int) else None
+    form = None if mask is None else "keep" if facts.dtype(mask) == torch.bool else "added"
     return with_captures(
         match,
-        terms
+        _grouped(facts, captured)
         | {
+            "mask": mask,
+            "mask_form": form,
+            "fill": None,
+            "bias": None,
+            "bias_scale": 1.0,
+            "softcap": None,
             "scale": scale,
+            "split": None,
             "is_causal": captured["is_causal"],
             "dropout_p": float(captured["dropout_p"]),
             "softmax_dtype": None,
@@ -169,13 +291,25 @@ def _sdpa_terms(facts: Facts, match: Match) -> Match:
 
 
 def _grouped(facts: Facts, captured: Mapping[str, Any]) -> dict[str, Any]:
-    """q, k, v, mask, and k and v before a repetition of heads that both of them have."""
-    k, v = captured["k"], captured["v"]
+    """q, k, v, and k and v before a repetition of heads that both of them have."""
+    q, k, v = captured["q"], captured["k"], captured["v"]
     (k_base, k_groups), (v_base, v_groups) = repeated(facts, k), repeated(facts, v)
     if k_groups != v_groups:
         k_base, v_base, k_groups = k, v, 1
-    common = {"q": captured["q"], "k": k, "v": v, "mask": captured["mask"]}
-    return common | {"k_base": k_base, "v_base": v_base, "groups": k_groups}
+    if k_groups == 1:
+        k_groups = _sharing(facts, q, k, v)
+    return {"q": q, "k": k, "v": v, "k_base": k_base, "v_base": v_base, "groups": k_groups}
+
+
+def _sharing(facts: Facts, q: Node, k: Node, v: Node) -> int | None:
+    """How many heads of q share one of k and v that were not repeated: by broadcasting, or inside the operator."""
+    shapes = [facts.shape(node) or () for node in (q, k, v)]
+    if any(len(shape) != 4 for shape in shapes):
+        return 1
+    heads, *shared = (shape[1] for shape in shapes)
+    if not all(isinstance(count, int) for count in (heads, *shared)):
+        return 1 if all(same_size(heads, count) for count in shared) else None
+    return heads // shared[0] if shared[0] == shared[1] and heads % shared[0] == 0 else None
 
 
 def repeated(facts: Facts, node: Node) -> tuple[Node, int]:
@@ -189,7 +323,7 @@ def repeated(facts: Facts, node: Node) -> tuple[Node, int]:
     if before is None or after is None or len(before) != 4 or len(after) != 4:
         return node, 1
     if groups is None:
-        between = facts.shape(match["repeated"])
+        between = facts.shape(match["repeated"]) if match["repeated"] is not None else (0, 0, after[1], 0, 0)
         groups = between[2] if between is not None and len(between) == 5 else None
     kept = same_size(before[0], after[0]) and same_size(before[2], after[2]) and same_size(before[3], after[3])
     whole = isinstance(groups, int) and same_size(before[1] * groups, after[1])

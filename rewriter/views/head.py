@@ -2,7 +2,8 @@
 """The Head view: the vocabulary-sized last linear of a model, tied to an embedding or not.
 
 A linear is the head if
-    its result reaches a program output only through shape, cast, slice and loss nodes,
+    its result reaches a program output only through shape, cast, slice and loss nodes, and through what is done to
+    each logit alone: a constant scale, a stored bias, a soft-cap c·tanh(y / c),
     it has at least 512 outputs, and no other linear has more,
     and these are as many as an embedding has rows, or more than four times its inputs.
 
@@ -27,12 +28,15 @@ aten = torch.ops.aten
 
 SMALLEST_VOCABULARY = 512
 
-# What may stand between the logits and an output, by operator name: shapes, slices, casts.
+# What may stand between the logits and an output, by operator name: shapes, slices, casts, soft-caps.
 _HARMLESS = frozenset(
     "view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute t contiguous clone alias expand"
     " slice select narrow index index_select gather chunk split split_with_sizes unbind to _to_copy type_as detach"
-    " dropout constant_pad_nd pad getitem".split()
+    " dropout constant_pad_nd pad getitem tanh".split()
 )
+# Times or over a number; plus a parameter or buffer.
+_SCALES = frozenset("mul div".split())
+_SHIFTS = frozenset("add sub".split())
 # Losses consume the logits; what is done with the loss is no longer about logits.
 _LOSSES = frozenset(
     "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d nll_loss_forward log_softmax _log_softmax softmax _softmax"
@@ -91,12 +95,27 @@ def _obstacle(facts: Facts, logits: Node) -> str | None:
             name = base_name(user.target)
             if name in _LOSSES:
                 reached = True
-            elif name not in _HARMLESS:
+            elif name not in _HARMLESS and not _acts_on_each(user, name):
                 return f"its result goes through {describe(user)}"
             elif user not in seen:
                 seen.add(user)
                 pending.append(user)
     return None if reached else "its result reaches no output"
+
+
+def _acts_on_each(node: Node, name: str) -> bool:
+    """A scale by a number, or a shift by something stored, on the logits as first operand."""
+    others = [value for value in (*node.args[1:], *node.kwargs.values()) if isinstance(value, Node)]
+    if name in _SCALES:
+        return not others
+    return name in _SHIFTS and len(node.all_input_nodes) == 2 and all(map(_stored, others))
+
+
+def _stored(node: Node) -> bool:
+    """A parameter or buffer, perhaps cast or reshaped."""
+    return node.op == "get_attr" or (
+        len(node.all_input_nodes) == 1 and base_name(node.target) in _HARMLESS and _stored(node.all_input_nodes[0])
+    )
 
 
 HEAD = View("head", _find, _explain)

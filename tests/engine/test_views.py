@@ -196,7 +196,7 @@ def test_attention_misses_name_what_is_there_instead(function: Callable[..., Ten
 class Language(nn.Module):
     """Embedding, one attention, head."""
 
-    def __init__(self, vocabulary: int = 600, tied: bool = False, cap: bool = False, bias: bool = False) -> None:
+    def __init__(self, vocabulary: int = 600, tied: bool = False, cap: str = "", bias: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, 8)
         self.q, self.k, self.v = (nn.Linear(8, 8, bias=bias) for _ in range(3))
@@ -204,6 +204,7 @@ class Language(nn.Module):
         self.down = nn.Linear(16, 8)
         self.head = nn.Linear(8, vocabulary, bias=False)
         self.cap = cap
+        self.register_buffer("shift", torch.zeros(1, vocabulary))
         if tied:
             self.head.weight = self.embed.weight
 
@@ -211,8 +212,10 @@ class Language(nn.Module):
         h = self.embed(ids)
         h = h + F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))
         logits = self.head(self.down(self.up(h).relu())[:, -2:])
-        if self.cap:
-            logits = torch.tanh(logits)
+        if self.cap == "soft":
+            logits = 30.0 * torch.tanh(logits / 30.0) + self.shift.to(logits.device)
+        elif self.cap:
+            logits = torch.sin(logits)
         if labels is None:
             return logits
         return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels.reshape(-1)), logits
@@ -230,11 +233,16 @@ def test_head_tied_or_not_with_or_without_loss(tied: bool, labels: bool) -> None
     assert len(match["weight"].users) == 1 + tied
 
 
+def test_head_with_a_soft_cap_and_a_stored_shift() -> None:
+    (match,) = HEAD.find(capture_graph(Language(cap="soft").eval(), (IDS,)))
+    assert match.path == "head"
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (Language(vocabulary=500), "its 500 outputs are fewer than 512, too few for a vocabulary"),
-        (Language(cap=True), "its result goes through tanh (tanh)"),
+        (Language(cap="sine"), "its result goes through sin (sin)"),
         (nn.Sequential(nn.Linear(4, 700), nn.Linear(700, 600)), "another linear has more outputs (700) than its 600"),
         (nn.Sequential(nn.Linear(200, 600)), "no embedding has 600 rows, and that is not more than four times"),
     ],
@@ -285,7 +293,7 @@ def test_qkv_of_cross_attention_groups_keys_and_values() -> None:
 
 
 def test_explain_can_be_limited_to_a_site() -> None:
-    module = capture_graph(Language(cap=True).eval(), (IDS,))
+    module = capture_graph(Language(cap="sine").eval(), (IDS,))
     (miss,) = HEAD.explain(module, site="head")
     assert miss.site == "head"
     (miss,) = HEAD.explain(module, site="nowhere")

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a rule did what it says: a fingerprint of each site before and after.
+
+A rule returns which nodes it replaced by which. It must not claim a change and have made none (then a fixpoint would
+never come), nor change the graph and not say so (then neither journal nor undo would know). Costs what the site is
+large; :class:`Tally` does the same for a whole stage, in one sweep over the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from rewriter.schemas import describe, operator_name
+
+
+class Witness:
+    """One match before a rule rewrites it."""
+
+    def __init__(self, graph: Graph, nodes: Sequence[Node], roots: Sequence[Node]) -> None:
+        self.graph, self.nodes, self.roots = graph, nodes, roots
+        self.length = len(graph.nodes)
+        self.calls = [(node, node.target, node.args, node.kwargs) for node in nodes]
+        self.readers = [len(root.users) for root in roots]
+
+    def complaint(self, replacement: Mapping[Node, Node], added: Sequence[Node], tensors: Collection[str]) -> str | None:
+        """What is wrong with the rule's claim; None if it is true.
+
+        Args:
+            replacement: what the rule returned.
+            added: the nodes it made through the editor.
+            tensors: names of the site's new tensors: new values make a change even where the nodes look alike.
+        """
+        for node, *call in self.calls:
+            if node._erased or not _same_call(node, *call):
+                return f"it changed {describe(node)} itself; a rule builds new nodes and returns what they replace"
+        if len(self.graph.nodes) != self.length + len(added):
+            return "it made or erased nodes of the graph itself; build them with edit.call, and leave erasing to the editor"
+        missing = [root for root in self.roots if root not in replacement]
+        if missing and added:
+            return f"it made {len(added)} nodes and does not say what stands for {describe(missing[0])}"
+        if missing:
+            return f"it matched, and returned nothing that stands for {describe(missing[0])}"
+        for node in added:
+            if any(root in node.all_input_nodes for root in self.roots):
+                return f"{describe(node)}, which it built, reads the value it is to replace"
+        if [len(root.users) for root in self.roots] != self.readers:
+            return "it redirected the readers of what it replaces itself; return old -> new instead"
+        if tensors or any(self._differ(old, new, added) for old, new in replacement.items()):
+            return None
+        return f"it claims a change, and what it built for {describe(self.roots[0])} is what was there"
+
+    def _differ(self, old: Node, new: Node, added: Sequence[Node]) -> bool:
+        if old is new:
+            return False
+        if new not in added or old.target is not new.target:
+            return True
+        return spelled(old, set(self.nodes)) != spelled(new, set(added))
+
+
+class Tally:
+    """All calls of a graph before a stage, to find edits behind the editor's back anywhere in it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.calls = {node: (node.target, node.args, node.kwargs) for node in graph.nodes}
+
+    def changed(self, graph: Graph, expected: Collection[Node]) -> Node | None:
+        """A node whose call is another now although nothing it reads was replaced."""
+        for node in graph.nodes:
+            call = self.calls.get(node)
+            if call is not None and node not in expected and not _same_call(node, *call):
+                return node
+        return None
+
+
+def spelled(node: Node, inside: Collection[Node]) -> Any:
+    """The computation of a value from nodes outside a group, as nested tuples: equal for equal computations."""
+    if node not in inside:
+        return node
+    return (node.target, _spelled(node.args, inside), tuple((k, _spelled(v, inside)) for k, v in node.kwargs.items()))
+
+
+def formula(node: Node, inside: Collection[Node]) -> str:
+    """The same for reading: ``add(mul(x, sigmoid(x)), y)``."""
+    if node not in inside or node.op != "call_function":
+        return str(node.target) if node.op == "get_attr" else node.name
+    given = (*(_written(a, inside) for a in node.args), *(f"{k}={_written(v, inside)}" for k, v in node.kwargs.items()))
+    return f"{operator_name(node.target).partition('.')[0]}({', '.join(given)})"
+
+
+def _spelled(value: Any, inside: Collection[Node]) -> Any:
+    if isinstance(value, Node):
+        return spelled(value, inside)
+    if isinstance(value, (tuple, list)):
+        return tuple(_spelled(item, inside) for item in value)
+    if isinstance(value, slice):
+        return slice, _spelled((value.start, value.stop, value.step), inside)
+    return type(value), value
+
+
+def _written(value: Any, inside: Collection[Node]) -> str:
+    if isinstance(value, Node):
+        return formula(value, inside)
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_written(item, inside) for item in value) + "]"
+    return str(value)
+
+
+def _same_call(node: Node, target: Any, args: Any, kwargs: Any) -> bool:
+    """Arguments are compared by identity: a node keeps its tuple until somebody assigns another."""
+    return node.target is target and (node.args is args or node.args == args) and node.kwargs == kwargs

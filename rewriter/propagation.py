@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values (fake tensors) of new nodes: the operator run on descriptions, once per kind of call.
+
+Running an operator on fake tensors takes 100-300 µs, and the sites of one rule ask for the same few calls over and
+over. What a call yields is a function of the operator, its constants, and the shapes, strides, dtypes, devices and
+gradient flags of its tensors, so equal calls share one value. Never shared are values that are views (they belong to
+their base) and sizes that are only known when the program runs (each is a symbol of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from rewriter.schemas import viewed
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_OWN_SIZES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class Propagation:
+    """Values of calls, under one fake mode."""
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self.fake_mode = fake_mode
+        self._known: dict[Any, Any] = {}
+
+    def value(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the call yields; nodes among the arguments stand for their values (``meta["val"]``)."""
+        key = self._key(target, args, kwargs) if _is_repeatable(target) else None
+        if key is not None and key in self._known:
+            return self._known[key]
+        fake_args, fake_kwargs = map_arg((args, dict(kwargs)), lambda node: node.meta["val"])
+        with self.fake_mode, torch.enable_grad():
+            value = target(*fake_args, **fake_kwargs)
+        if key is not None:
+            self._known[key] = value
+        return value
+
+    def _key(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Equal for calls that yield the same; None where that cannot be told."""
+        try:
+            key = (target, _described(args), tuple((name, _described(kwargs[name])) for name in sorted(kwargs)))
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+
+def _is_repeatable(target: Any) -> bool:
+    if not isinstance(target, OpOverload) or viewed(target):
+        return False
+    return not any(tag in target.tags for tag in _OWN_SIZES)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Node):
+        return _described(value.meta["val"])
+    if isinstance(value, Tensor):
+        sizes, strides = _described(value.shape), _described(value.stride())
+        return (type(value), value.dtype, value.device, value.layout, value.requires_grad, sizes, strides)
+    if isinstance(value, (tuple, list)):
+        return tuple([_described(item) for item in value])
+    if isinstance(value, _SYMBOLS):
+        return type(value), value.node.expr
+    return type(value), value  # 1, 1.0 and True are three constants

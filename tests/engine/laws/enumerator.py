@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The meaning of patterns (docs/patterns.md, "What a match is"), enumerated by brute force.
+
+A solution is a value, and `Meaning.solutions` yields all of them in the order the meaning gives; the first one at a
+root is the match. There is no trail, no index and no pruning, and nothing is shared with the matcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch.fx import Node
+
+from rewriter.expressions import Alternatives, Anything, Call, Const, Dim, Literal, Optional, Sequence, Var, Variadic
+from rewriter.facts import Facts
+from rewriter.pattern import Pattern
+
+
+class Solution(NamedTuple):
+    captures: dict[str, Any]
+    bound: dict[Call, Node]
+    nodes: frozenset[Node]
+    past: frozenset[Node]  # looked past: others may use them too
+    outputs: tuple[Node, ...] = ()
+
+    def calls(self, wanted: Callable[[Call], bool]) -> set[Node]:
+        return {node for call, node in self.bound.items() if wanted(call)}
+
+
+class Meaning(NamedTuple):
+    facts: Facts
+    pattern: Pattern
+
+    def matches(self) -> list[Solution]:
+        """The first solution at each root that has one, in graph order."""
+        start = Solution({}, {}, frozenset(), frozenset())
+        firsts = (next(self.at([node], start), None) for node in self.facts.graph.nodes)
+        return [solution for solution in firsts if solution is not None]
+
+    def at(self, candidates: Any, s: Solution) -> Iterator[Solution]:
+        """Solutions with the next output at one of the candidates, and the further ones anywhere."""
+        if len(s.outputs) < len(self.pattern.outputs):
+            for node in candidates:
+                for found in self.solutions(self.pattern.outputs[len(s.outputs)], node, None, s, through=False):
+                    yield from self.at(self.facts.graph.nodes, found._replace(outputs=(*s.outputs, node)))
+            return
+        inside = s.nodes - s.past - s.calls(lambda call: call.may_escape) - set(s.outputs)
+        kept = all(user in s.nodes or self.facts.is_assertion(user) for node in inside for user in node.users)
+        captures = {name: s.captures.get(name) for name in self.pattern.names}
+        if kept and self.holds(self.pattern.conditions, captures):
+            yield s._replace(captures=captures)
+
+    def solutions(self, e: Any, value: Any, user: Node | None, s: Solution, through: bool = True) -> Iterator[Solution]:
+        """Every way in which `value`, an argument of `user`, is the expression `e`, given what is bound already."""
+        known = s.captures.get(e.name) if isinstance(e, (Var, Const, Variadic)) else None
+        constant = not _holds_node(value)
+        if isinstance(e, Alternatives):
+            for option in e.options:
+                yield from self.solutions(option, value, user, s, through)
+        elif isinstance(e, Optional):
+            yield from [s] if value is None else self.solutions(e.inner, value, user, s)
+        elif isinstance(e, Sequence) and isinstance(value, (list, tuple)):
+            at = next((i for i, item in enumerate(e.items) if isinstance(item, Variadic)), None)
+            if at is not None and (end := len(value) - (len(e.items) - at - 1)) >= at:
+                value = [*value[:at], tuple(value[at:end]), *value[end:]]
+            if len(value) == len(e.items):
+                yield from self.each(list(zip(e.items, value, strict=True)), user, s)
+        elif isinstance(e, Variadic) and all(isinstance(n, Node) and self.holds(e.predicates, n) for n in value):
+            yield from [s._replace(captures={**s.captures, e.name: value})] if known in (None, value) else []
+        elif isinstance(e, Const) and constant and self.holds(e.predicates, value):
+            fits = e.name not in s.captures or _equal(known, value)
+            yield from [s._replace(captures={e.name: value, **s.captures})] if fits else []
+        elif isinstance(e, (Anything, Literal, Dim)):
+            literal = isinstance(e, Literal) and constant and _equal(e.value, value)
+            yield from [s] if literal or isinstance(e, Anything) or self.is_dim(e, value, user) else []
+        elif isinstance(e, Var) and isinstance(value, Node):
+            chain = self.chain(value)
+            node = next((n for n in chain if self.holds(e.predicates, n)), None) if known is None else known
+            before = self.chain(known) if known is not None else chain
+            if node is not None and before[-1] is chain[-1] and self.holds(e.predicates, node):
+                past = chain[: chain.index(node)] if known is None else before[:-1] + chain[:-1]
+                past = [] if value is node else past
+                yield Solution({**s.captures, e.name: node}, s.bound, s.nodes.union(past), s.past.union(past), s.outputs)
+        elif isinstance(e, Call) and isinstance(value, Node):
+            for count, node in enumerate(chain := self.chain(value) if through else [value]):
+                yield from self.call(e, node, s._replace(nodes=s.nodes.union(chain[:count])))
+
+    def call(self, e: Call, node: Node, s: Solution) -> Iterator[Solution]:
+        if e in s.bound:
+            yield from [s] if s.bound[e] is node else []
+        elif (operands := self.operands(e, node)) is not None and self.holds(e.conditions, node):
+            captures = {**s.captures, e.name: node} if e.name else s.captures
+            s = Solution(captures, {**s.bound, e: node}, s.nodes | {node}, s.past, s.outputs)
+            exchange = e.operator.commutative and len(operands) == 2
+            for order in [operands, operands[::-1]] if exchange else [operands]:
+                yield from self.each(list(zip(e.arguments.values(), order, strict=True)), node, s)
+
+    def each(self, goals: list[tuple[Any, Any]], user: Node | None, s: Solution) -> Iterator[Solution]:
+        for after in self.solutions(*goals[0], user, s) if goals else ():
+            yield from self.each(goals[1:], user, after)
+        yield from [] if goals else [s]
+
+    def operands(self, e: Call, node: Node) -> list[Any] | None:
+        """What the call's operands stand for at the node; every argument it does not name must have its default."""
+        if node.op != "call_function" or node.target not in e.operator.targets:
+            return None
+        if e.operator.read is not None:
+            read = e.operator.read(self.facts, node)
+            return None if isinstance(read, str) else [read[name] for name in e.arguments]
+        schema: Any = node.target._schema.arguments  # type: ignore[union-attr]
+        usual = {a.name: a.default_value for a in schema if a.has_default_value()}
+        given = usual | dict(zip([a.name for a in schema], node.args, strict=False)) | node.kwargs
+        spelled = dict(zip(e.operator.operands, [a.name for a in schema], strict=False))
+        wanted = [spelled.get(name) for name in e.arguments]
+        rest = all(name in usual and _equal(given[name], usual[name]) for name in given.keys() - set(wanted))
+        return [given[name] for name in wanted] if rest and given.keys() >= set(wanted) else None
+
+    def chain(self, node: Node) -> list[Node]:
+        """The node and what is behind it, as far as the pattern looks through."""
+        through = any(node.target in kind.targets and kind.test(self.facts, node) for kind in self.pattern.transparent)
+        return [node, *self.chain(node.all_input_nodes[0])] if through else [node]
+
+    def holds(self, conditions: Any, value: Any) -> bool:
+        return all(condition.test(self.facts, value) for condition in conditions)
+
+    def is_dim(self, e: Any, value: Any, user: Any) -> bool:
+        value = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+        if not isinstance(e, Dim) or type(value) is not int:
+            return False
+        rank = len(self.facts.shape(user.all_input_nodes[0]) or ()) + e.new_dims
+        return (value - e.index) % rank == 0 if rank else value == e.index
+
+
+def _holds_node(value: Any) -> bool:
+    return isinstance(value, Node) or (isinstance(value, (list, tuple)) and any(map(_holds_node, value)))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
