@@ -128,6 +128,8 @@ def _once(worker: Worker, task: str, nodes: int, fresh: bool) -> Sample:
     sample = worker.ask("rewrite", limit=LIMIT) if task == "rewrite" else worker.ask("match", _dead(task), limit=LIMIT)
     if sample.result != nodes // workload.PER_HIT:
         raise AssertionError(f"{worker.side}: {sample.result} matches in {nodes} nodes")
+    if task == "rewrite" and worker.side != "onnxscript" and not sample.recompiling:
+        raise AssertionError(f"{worker.side}: nothing was recompiled")  # compiling later would not be counted
     return sample
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from rewriter.passes.canonical import Canonical
+from rewriter.passes.fold import Fold
 from rewriter.passes.fuse import Fuse
 from rewriter.passes.shift_add import ShiftAdd
 from rewriter.passes.simplify import Simplify
@@ -11,4 +12,4 @@ from rewriter.passes.vq_logits import VQLogits
 from rewriter.registry import known as available
 from rewriter.rules import Pass
 
-__all__ = ["Canonical", "Fuse", "Pass", "ShiftAdd", "Simplify", "VQLogits", "available"]
+__all__ = ["Canonical", "Fold", "Fuse", "Pass", "ShiftAdd", "Simplify", "VQLogits", "available"]

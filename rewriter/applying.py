@@ -113,22 +113,37 @@ def replay(program: Program, plan: Plan) -> Program:
     A site without parameters that this program does not have (an attention that drops out in training mode) is left
     as it is: the program computes the same function. Raises PlanError for a site whose parameters were replaced.
     """
+    _replay(program, plan)
+    program.graph.lint()
+    program.rebind()
+    return program
+
+
+@neutral()
+def missing(program: Program, plan: Plan) -> list[PlannedSite]:
+    """Sites of a plan that are not found when it is replayed on ``program``, which is used up by trying."""
+    return _replay(program, plan, strict=False)
+
+
+def _replay(program: Program, plan: Plan, strict: bool = True) -> list[PlannedSite]:
+    """Edit, without compiling; returns the sites that were left as they are."""
+    left: list[PlannedSite] = []
     editor = Editor(program)
     for rule, stage in stages(plan):
         found = _located(rule, program, stage)
         assigned = _assign(found.sites, stage)
         apart = {id(site) for site in disjoint(site for _, site in assigned if site is not None)}
         for planned, site in assigned:
-            if rule.parametric:
-                site = site or _recall(rule, program, planned, found.misses)
-            elif site is not None and not (id(site) in apart and _settles(program, planned, site)):
-                continue
-            if site is not None:
+            if site is None and rule.parametric and strict:
+                site = _recall(rule, program, planned, found.misses)
+            elif site is not None and not rule.parametric:
+                site = site if id(site) in apart and _settles(program, planned, site) else None
+            if site is None:
+                left.append(planned)
+            else:
                 editor.rewrite(site, _present(editor, plan, planned, site), planned.choice)
         editor.finish(compile=False)
-    program.graph.lint()
-    program.rebind()
-    return program
+    return left
 
 
 def _located(rule: Rule, program: Program, stage: Sequence[PlannedSite]) -> Refusals:
@@ -231,8 +246,9 @@ def _initialise(
 
 
 def _only_here(editor: Editor, name: str, site: Site) -> bool:
+    node = editor.readers.get(name)
     inside = {n for m in site.matches for n in m.nodes}
-    return all(user in inside for user in editor.reader(name).users)
+    return node is None or all(user in inside for user in node.users)
 
 
 def _check(program: Program, plan: Plan, statistics: Statistics | None) -> None:

@@ -38,7 +38,7 @@ class Witness:
                 return f"it changed {describe(node)} itself; a rule builds new nodes and returns what they replace"
         if len(self.graph.nodes) != self.length + len(added):
             return "it made or erased nodes of the graph itself; build them with edit.call, and leave erasing to the editor"
-        missing = [root for root in self.roots if root not in replacement]
+        missing = [root for root in self.roots if root not in replacement and root.users]
         if missing and added:
             return f"it made {len(added)} nodes and does not say what stands for {describe(missing[0])}"
         if missing:
@@ -48,6 +48,8 @@ class Witness:
                 return f"{describe(node)}, which it built, reads the value it is to replace"
         if [len(root.users) for root in self.roots] != self.readers:
             return "it redirected the readers of what it replaces itself; return old -> new instead"
+        if not replacement:
+            return None  # nobody reads the roots: nothing need stand for them, and the editor erases them
         if tensors or any(self._differ(old, new, added) for old, new in replacement.items()):
             return None
         return f"it claims a change, and what it built for {describe(self.roots[0])} is what was there"

@@ -35,6 +35,7 @@ from rewriter.expressions import (
     Expression,
     Literal,
     Optional,
+    RegionOf,
     Sequence,
     Var,
     Variadic,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from rewriter.pattern import Pattern
 
 UNSURE = "unsure"
+_FEW = 4  # so many operators are compared one by one
 _MISSING = object()  # a capture nothing was found for, where None may have been found
 # Arguments of these types contain no node.
 _PLAIN = frozenset({int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.SymInt})
@@ -154,6 +156,9 @@ class _Writer(Text):
                 self.fail_if(f"not equal({value}, {self.constant(expression.value)})")
             case Anything():
                 pass
+            case RegionOf():  # which region it is takes a search
+                self.line("no = UNSURE")
+                self.line(self.fail)
             case _:
                 raise TypeError(f"{type(expression).__name__} is not part of the pattern language")
 
@@ -166,7 +171,7 @@ class _Writer(Text):
             if both := targets & _transparent_targets(self.pattern):
                 self.line(f"if {node}.target in {self.constant(both)}: no = UNSURE")  # behind it may be another
         else:
-            self.fail_if(f"{value}.__class__ is not Node or {value}.target not in {self.constant(targets)}")
+            self.fail_if(f"not {self._calls(value, targets)}")
             self.line(f"{node} = {value}")
         self.bound(node)
         operands = self._operands(call, node)
@@ -319,6 +324,8 @@ class _Writer(Text):
             self.line(f"{variable} -= {{None}}")
 
     def _captured_value(self, name: str) -> str:
+        if name not in self.named:
+            return "None"  # inside a region
         if f"c_{name}" in self.certain:
             return f"c_{name}"
         return f"None if c_{name} is MISSING else c_{name}"
@@ -329,15 +336,22 @@ class _Writer(Text):
         """A cheap condition without which the expression cannot match the value."""
         match expression:
             case Call():
-                targets = self.constant(frozenset(expression.operator.targets))
+                targets = frozenset(expression.operator.targets)
                 if look_through and self.kinds:
-                    return f"behind(facts, KINDS, {value}, {targets}, None) is not None"
-                return f"({value}.__class__ is Node and {value}.target in {targets})"
+                    return f"behind(facts, KINDS, {value}, {self.constant(targets)}, None) is not None"
+                return self._calls(value, targets)
             case Var():
                 return f"{value}.__class__ is Node"
             case Const() | Literal() | Dim() | Sequence():
                 return f"{value}.__class__ is not Node"
         return "True"
+
+    def _calls(self, value: str, targets: frozenset[Any]) -> str:
+        """The value is a node that calls one of the operators. Identity is cheaper than an operator's hash."""
+        if len(targets) > _FEW:
+            return f"({value}.__class__ is Node and {value}.target in {self.constant(targets)})"
+        same = " or ".join(f"{value}.target is {self.constant(target)}" for target in sorted(targets, key=str))
+        return f"({value}.__class__ is Node and ({same}))"
 
     def _disjoint(self, one: Expression, other: Expression) -> bool:
         """Whether no value is feasible for both."""

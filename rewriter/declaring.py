@@ -73,9 +73,12 @@ class _Declared(Rule):
         self.of, self.build, self.wanted = of, build, wanted
 
     def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
-        if isinstance(self.of, View):
-            return self.of.find(program), [m for m in self.of.explain(program) if m.node is not None]
-        return matcher.find(program, self.of), [m for m in matcher.explain(program, self.of) if m.node is not None]
+        of = self.of
+        misses = of.explain(program) if isinstance(of, View) else matcher.explain(program, of)
+        return self.matches(program), [miss for miss in misses if miss.node is not None]
+
+    def matches(self, program: Program) -> Sequence[Match]:
+        return self.of.find(program) if isinstance(self.of, View) else matcher.find(program, self.of)
 
     def refusal(self, program: Program, match: Match) -> str | None:
         reason = legality.refusal(program.facts, match)

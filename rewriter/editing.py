@@ -59,6 +59,7 @@ class Editor:
         journal: every edit so far.
         substitutes: nodes that earlier edits replaced -> what stands for them now, so that matches found before an
             edit stay usable after it.
+        readers: tensor name -> the node that reads it.
         spells: write before and after into the journal.
         rewired: nodes that read something else since the last :meth:`finish`, because what they read was replaced.
     """
@@ -72,7 +73,7 @@ class Editor:
         values = [n.meta.get("val") for n in self.graph.find_nodes(op="placeholder")]
         self.fake_mode = detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
         self._values = Propagation(self.fake_mode)
-        self._readers = program.parameter_nodes()
+        self.readers = program.parameter_nodes()
         self._remade: dict[str, Node] = {}  # of the present site: tensor -> its new reader
         self._marks: _Marks | None = None
         self._anchor: Node | None = None
@@ -88,7 +89,7 @@ class Editor:
         """The node that reads ``name`` from the store (made at the top of the graph if there is none)."""
         existing = self._remade.get(name)
         if existing is None and not (self._marks and name in self._marks.replaced):
-            existing = self._readers.get(name)
+            existing = self.readers.get(name)
         if existing is not None:
             return existing
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
@@ -140,7 +141,7 @@ class Editor:
         added = tuple(n.name for n in self._added)
         removed = [name for one in built for name in self._carry_out(one)]
         self._drop_unread(self._marks.replaced if self._marks else ())
-        self._readers |= self._remade
+        self.readers |= self._remade
         replaced = site.rule.replaced_tensors(site.match)
         edit = Edit(
             site.rule.name, str(site.address), added, tuple(removed), tuple(tensors), replaced, based_on, before, after
@@ -151,18 +152,14 @@ class Editor:
 
     def finish(self, compile: bool = True) -> None:
         """After the sites of one rule: drop reads of tensors nobody uses any more, and forget stale facts."""
-        self._drop_unread([name for name in self._readers if name not in self.program.bodies])
+        self._drop_unread([name for name in self.readers if name not in self.program.bodies])
         self.program.rebind(compile)
         self.substitutes.clear()
         self.rewired.clear()
 
     def unread(self, names: tuple[str, ...]) -> list[str]:
         """Those of ``names`` that the graph no longer reads."""
-        return [n for n in names if n not in self._readers or not self._readers[n].users]
-
-    def reader(self, name: str) -> Node:
-        """The node that reads a tensor. Raises KeyError."""
-        return self._readers[name]
+        return [n for n in names if n not in self.readers or not self.readers[n].users]
 
     # ---------------------------------------------------------------------------------------------- one site
 
@@ -236,7 +233,7 @@ class Editor:
         """A tensor that is made anew under its own name must have no reader that expects the old one."""
         inside = {node for one in built for node in one.match.nodes}
         for name in self._remade:
-            old = self._readers.get(name)
+            old = self.readers.get(name)
             for user in old.users if old is not None else ():
                 if user not in inside:
                     raise LegalityError(f"{name} is made anew, and {user.name} still reads the old one")
@@ -256,10 +253,10 @@ class Editor:
 
     def _drop_unread(self, names: Any) -> None:
         for name in names:
-            node = self._readers.get(name)
+            node = self.readers.get(name)
             if node is not None and not node.users:
                 self.graph.erase_node(node)
-                del self._readers[name]
+                del self.readers[name]
 
     def _mark(self, node: Node) -> Node:
         self._added.append(node)

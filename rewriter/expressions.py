@@ -188,6 +188,35 @@ class Sequence(Expression):
 
 
 @dataclass(frozen=True, eq=False)
+class RegionOf(Expression):
+    """A value computed by allowed operators alone, however they are arranged; captured as a `rewriter.slices.Region`.
+
+    Without an entry: computed from inputs, parameters, constants and sizes. Its nodes are the match's input, as a
+    variable's are. With one: the single-entry single-exit region between the nearest dominator that matches `entry`
+    and the value; its nodes are part of the match.
+
+    Attributes:
+        name: of the capture.
+        operators: names without overload: ``{"le", "logical_and", "expand"}``.
+        entry: what the region begins behind, or None.
+        where: conditions on the value's node.
+    """
+
+    name: str
+    operators: frozenset[str]
+    entry: Expression | None = None
+    where: Where = None
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        return () if self.entry is None else (self.entry,)
+
+    @cached_property
+    def predicates(self) -> tuple[Predicate, ...]:
+        return predicates(self.where, self.location)
+
+
+@dataclass(frozen=True, eq=False)
 class Alternatives(Expression):
     """The first option that matches. Write ``a | b``."""
 

@@ -11,9 +11,9 @@ import operator
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +32,9 @@ from rewriter.schemas import (
 
 _HERE = os.path.dirname(__file__) + os.sep  # the capture's own wrapper is no line of the user's
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+?)\s*$')
+
+
+Derived = TypeVar("Derived")
 
 
 class Carrier(Protocol):
@@ -109,6 +112,14 @@ class Facts:
         self._switches: list[Node] | None = None
         self._bodies: dict[Node, tuple[Facts, ...]] = {}
         self._storages: dict[int, Node] | None = None
+        self._derived: dict[Any, Any] = {}
+
+    def derived(self, kind: Callable[[Facts], Derived]) -> Derived:
+        """``kind(facts)``, kept until the graph changes: what is computed from the whole graph at once."""
+        if kind not in self._derived:
+            self._derived[kind] = kind(self)
+        known: Derived = self._derived[kind]
+        return known
 
     def forget(self, node: Node) -> None:
         """Forget what depends on `node`. Call it for every inserted node (once its users are rewired), every
@@ -117,6 +128,7 @@ class Facts:
         Costs as much as the node has users and views; where it writes, or is written to, a sweep on demand.
         """
         self._positions.clear()
+        self._derived.clear()
         self._bodies.pop(node, None)
         if node.op == "get_attr":
             self._storages = None

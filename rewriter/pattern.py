@@ -32,6 +32,7 @@ from rewriter.expressions import (
     Literal,
     Operator,
     Optional,
+    RegionOf,
     Sequence,
     Var,
     Variadic,
@@ -44,7 +45,7 @@ from rewriter.predicates import Predicate, Where, predicates
 
 __all__ = [
     "Alternatives", "Anything", "Call", "Const", "Dim", "Expression", "Literal", "Operator", "Optional", "Pattern",
-    "Sequence", "Transparent", "Var", "Variadic", "optionally", "pattern",
+    "RegionOf", "Sequence", "Transparent", "Var", "Variadic", "optionally", "pattern",
 ]  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def _check(made: Pattern) -> None:
         if not name.isidentifier():
             raise PatternError(f"{expression.location}: {name!r} is not a name for a capture")
         first = kinds.setdefault(name, expression)
-        if type(first) is not type(expression) or (isinstance(expression, Call) and first is not expression):
+        if type(first) is not type(expression) or (isinstance(expression, (Call, RegionOf)) and first is not expression):
             raise PatternError(
                 f"{expression.location}: {name!r} is {_say(expression)} here and {_say(first)} at {first.location}"
             )
@@ -172,10 +173,12 @@ def _check_expression(name: str, expression: Expression) -> None:
     if isinstance(expression, Optional) and isinstance(expression.inner, (Optional, Literal)):
         raise PatternError(f"{where}: Optional of {_say(expression.inner)} in {name!r}")
     if isinstance(expression, Call):
-        if not any(isinstance(e, (Var, Variadic, Anything)) for e in walk(expression)):
+        if not any(isinstance(e, (Var, Variadic, Anything, RegionOf)) for e in walk(expression)):
             raise PatternError(f"{where}: {expression.operator.name} of constants only in {name!r} never occurs")
         if any(isinstance(child, Variadic) for child in expression.children):
             raise PatternError(f"{where}: Variadic in {name!r} outside a list; write [Variadic(...)]")
+    if isinstance(expression, RegionOf) and not expression.operators:
+        raise PatternError(f"{where}: the region {expression.name!r} in {name!r} allows no operator")
     if isinstance(expression, Sequence) and sum(isinstance(i, Variadic) for i in expression.items) > 1:
         raise PatternError(f"{where}: a list with two Variadic parts in {name!r} is ambiguous")
 
@@ -198,7 +201,7 @@ def _check_contradictions(made: Pattern) -> None:
 
 
 def _name(expression: Expression) -> str | None:
-    return expression.name if isinstance(expression, (Var, Const, Variadic, Call)) else None
+    return expression.name if isinstance(expression, (Var, Const, Variadic, Call, RegionOf)) else None
 
 
 def _say(expression: Expression) -> str:
@@ -234,6 +237,8 @@ def _required(*expressions: Expression) -> Iterator[Call]:
 def _routes(expression: Expression, is_leaf: Callable[[Expression], bool]) -> Iterator[Route]:
     if is_leaf(expression):
         yield expression, ()  # and deeper: of alternatives, the one that was bound may be another
+    if isinstance(expression, RegionOf):
+        return  # what lies between its entry and its value cannot be climbed operator by operator
     step = (frozenset(expression.operator.targets),) if isinstance(expression, Call) else ()
     for child in expression.children:
         for leaf, passed in _routes(child, is_leaf):

@@ -272,7 +272,7 @@ def declare(editor: Editor, planned: PlannedSite, site: Site) -> dict[str, Tenso
     """The new parameters of an exact site as fake tensors, by full name: shapes and dtypes without values."""
 
     def read(name: str) -> Tensor:
-        value: Tensor = editor.reader(name).meta["val"]
+        value: Tensor = editor.readers[name].meta["val"]
         return value
 
     with editor.fake_mode:

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from rewriter.schemas import viewed
+from rewriter.errors import LegalityError
+from rewriter.schemas import operator_name, viewed
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _OWN_SIZES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -33,13 +34,21 @@ class Propagation:
         self._known: dict[Any, Any] = {}
 
     def value(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the call yields; nodes among the arguments stand for their values (``meta["val"]``)."""
+        """What the call yields; nodes among the arguments stand for their values (``meta["val"]``).
+
+        Raises:
+            LegalityError: the operator does not take operands of these shapes, dtypes or devices.
+        """
         key = self._key(target, args, kwargs) if _is_repeatable(target) else None
         if key is not None and key in self._known:
             return self._known[key]
         fake_args, fake_kwargs = map_arg((args, dict(kwargs)), lambda node: node.meta["val"])
-        with self.fake_mode, torch.enable_grad():
-            value = target(*fake_args, **fake_kwargs)
+        try:
+            with self.fake_mode, torch.enable_grad():
+                value = target(*fake_args, **fake_kwargs)
+        except (RuntimeError, ValueError, IndexError) as error:  # what operators raise for operands that do not fit
+            reason = str(error).partition("\n")[0]
+            raise LegalityError(f"{operator_name(target)} does not take these operands: {reason}") from error
         if key is not None:
             self._known[key] = value
         return value

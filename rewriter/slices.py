@@ -140,13 +140,16 @@ class Dominance:
         inside = (nx.descendants(self.flow, entry) & nx.ancestors(self.flow, exit)) | {exit}
         return Region(exit, tuple(sorted(inside)), (entry,))
 
-    def smallest(self, exit: Node) -> Region | None:
-        """The smallest single-entry region that ends at `exit`; None where only the inputs dominate it."""
+    def ending_at(self, exit: Node) -> Iterator[Region]:
+        """The single-entry single-exit regions that end at a node, smallest first."""
         for entry in self.dominators(exit):
             region = self.between(entry, exit)
             if isinstance(region, Region):
-                return region
-        return None
+                yield region
+
+    def smallest(self, exit: Node) -> Region | None:
+        """The smallest single-entry region that ends at `exit`; None where only the inputs dominate it."""
+        return next(self.ending_at(exit), None)
 
     @staticmethod
     def _chain(above: dict[Any, Any], node: Node) -> Iterator[Node]:

@@ -22,6 +22,7 @@ from rewriter.expressions import (
     Expression,
     Literal,
     Optional,
+    RegionOf,
     Sequence,
     Var,
     Variadic,
@@ -32,7 +33,8 @@ from rewriter.facts import Facts
 from rewriter.looking import chain, readers
 from rewriter.pattern import Pattern, Route
 from rewriter.predicates import Predicate
-from rewriter.schemas import describe, nodes_in, operator_name
+from rewriter.schemas import base_name, describe, nodes_in, operator_name
+from rewriter.slices import Dominance, Region, slice_of
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class Solver:
             return self._optional(expression, goal)
         if isinstance(expression, Sequence):
             return self._sequence(expression, goal)
+        if isinstance(expression, RegionOf):
+            return self._region(expression, goal)
         return self._constant(expression, goal)
 
     def _any_of(self, goals: Iterator[Goal | None], look_through: bool = True) -> bool:
@@ -231,6 +235,34 @@ class Solver:
         for index, item, value in reversed(list(zip(range(len(values)), sequence.items, values, strict=True))):
             goals = Goal(item, value, goal.consumer, f"{goal.step}[{index}]", goals)
         return self._next(goals)
+
+    def _region(self, wanted: RegionOf, goal: Goal) -> bool:
+        if not isinstance(goal.value, Node):
+            return self._fail(goal, "a constant where a computed value is needed", f"a region for {wanted.name!r}")
+        if not self._satisfied(wanted.predicates, goal.value, goal, wanted.name):
+            return False
+        if wanted.entry is None:
+            region = slice_of(self.facts, goal.value, wanted.operators)
+            if isinstance(region, str):
+                return self._fail(goal, region, f"a region of {', '.join(sorted(wanted.operators))}")
+            return self._capture(wanted.name, region, goal) and self._next(goal.rest)
+        for region in self.facts.derived(Dominance).ending_at(goal.value):
+            mark = len(self._trail)
+            if self._region_from(wanted, wanted.entry, region, goal):
+                return True
+            self._undo(mark)
+        return self._fail(goal, "no region of these operators ends here", f"a region for {wanted.name!r}")
+
+    def _region_from(self, wanted: RegionOf, entry: Expression, region: Region, goal: Goal) -> bool:
+        """One region with one entry: its operators, then what the entry is."""
+        for node in region.nodes:
+            if node.op != "call_function" or base_name(node.target) not in wanted.operators:
+                return self._fail(goal, f"{describe(node)} is not among the operators of {wanted.name!r}", "", node)
+        if not self._capture(wanted.name, region, goal):
+            return False
+        self._take(list(region.nodes))
+        (start,) = region.entries
+        return self._next(Goal(entry, start, region.nodes[0], f"{goal.step} > {wanted.name}", goal.rest))
 
     def _constant(self, expression: Expression, goal: Goal) -> bool:
         value = goal.value

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from rewriter import registry, store
-from rewriter.applying import SiteResult
+from rewriter.applying import SiteResult, missing
 from rewriter.errors import PlanError
 from rewriter.optimized import Optimized
 from rewriter.planner import Plan, PlannedSite, rule_of
@@ -32,22 +32,21 @@ def undo(opt: Optimized, what: str, *, cascade: bool = False) -> Optimized:
     results = {r.address: r for r in opt.report.sites}
     chosen = _named(opt.plan, what)
     while True:
-        gone = {str(opt.plan.sites[i].address) for i in chosen}
-        dependants = _dependants(opt.plan, results, gone) - chosen
+        dependants = _dependants(opt, results, chosen)
         if not dependants:
             break
         if not cascade:
-            names = ", ".join(
-                f"{opt.plan.sites[i].rule} at {opt.plan.sites[i].address.path}" for i in sorted(dependants)
-            )
-            raise PlanError(
-                f"{what!r} cannot be undone alone: {names} build on it; undo those first, or pass cascade=True"
-            )
-        chosen |= dependants
+            names = ", ".join(_called(opt.plan.sites[i], why) for i, why in sorted(dependants.items()))
+            raise PlanError(f"{what!r} cannot be undone alone: {names}; undo those first, or pass cascade=True")
+        chosen |= dependants.keys()
     kept = tuple(s for i, s in enumerate(opt.plan.sites) if i not in chosen)
     undone = [results[str(opt.plan.sites[i].address)] for i in sorted(chosen)]
     root = _store_without(opt, undone, originals, [opt.plan.sites[i] for i in sorted(chosen)])
     return _rebuild(opt, dataclasses.replace(opt.plan, sites=kept), root, undone)
+
+
+def _called(site: PlannedSite, why: str) -> str:
+    return f"{site.rule} at {site.address.path} {why}"
 
 
 def _named(plan: Plan, what: str) -> set[int]:
@@ -61,10 +60,32 @@ def _named(plan: Plan, what: str) -> set[int]:
     return found
 
 
-def _dependants(plan: Plan, results: Mapping[str, SiteResult], gone: set[str]) -> set[int]:
-    """Sites that replaced parameters which the undone sites made."""
-    made = {name for address in gone for name in results[address].created}
-    return {i for i, s in enumerate(plan.sites) if made & set(results[str(s.address)].replaced)}
+def _dependants(opt: Optimized, results: Mapping[str, SiteResult], chosen: Collection[int]) -> dict[int, str]:
+    """Sites that cannot stay without the chosen ones, each with what ties it to them.
+
+    Some rewrote what an undone site had made: its nodes, or its parameters. Others are only found, as planned, on a
+    program that the undone site had been rewritten in: that is tried. And the values between two rewrites of one
+    parameter, under one name, are nobody's to give back.
+    """
+    sites = opt.plan.sites
+    of = [results[str(site.address)] for site in sites]
+    gone = {str(sites[i].address) for i in chosen}
+    made = {name for i in chosen for name in of[i].created}
+    found: dict[int, str] = {}
+    for i, result in enumerate(of):
+        if made & set(result.replaced) or gone & set(result.based_on):
+            found[i] = "builds on it"
+        elif any(made_before(of[:k], of[k]) & set(result.created) for k in chosen if i < k):
+            found[i] = "made the tensors it replaced, whose values were not kept"
+    kept = tuple(site for i, site in enumerate(sites) if i not in chosen and i not in found)
+    lost = set(missing(opt.original.fork(compile=False), dataclasses.replace(opt.plan, sites=kept)))
+    found |= {i: "is found only after it" for i, site in enumerate(sites) if site in lost}
+    return {i: why for i, why in found.items() if i not in chosen}
+
+
+def made_before(earlier: Sequence[SiteResult], result: SiteResult) -> set[str]:
+    """Tensors a site replaced that an earlier one had replaced under the same name: values in between are not kept."""
+    return {name for name in result.replaced if any(name in r.replaced and name in r.created for r in earlier)}
 
 
 def _store_without(
@@ -72,11 +93,11 @@ def _store_without(
 ) -> nn.Module:
     root = store.Namespace()
     dropped = {name for result in undone for name in result.created}
-    back = {  # not what another undone site had made
+    back = {  # not what an earlier undone site had made
         name
-        for result in undone
+        for position, result in enumerate(undone)
         for name in result.replaced
-        if name in originals and not any(name in other.created for other in undone if other is not result)
+        if name in originals and not any(name in other.created for other in undone[:position])
     }
     own: dict[int, Tensor] = {}
     for name, tensor in store.tensors(opt):

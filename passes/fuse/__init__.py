@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact fusions: attention written out becomes one operator; q, k and v of one input become one linear."""
+"""Exact fusions: attention written out becomes one operator; q, k, v and gate, up of one input become one linear."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rewriter.passes.fuse.attention import FuseAttention
+from rewriter.passes.fuse.gate_up import FuseGateUp
 from rewriter.passes.fuse.qkv import FuseQKV
 from rewriter.registry import register
 from rewriter.rules import EXACT, Contract, Pass, Rule
@@ -15,17 +16,24 @@ from rewriter.rules import EXACT, Contract, Pass, Rule
 @register
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Fuse written-out attention into one operator, and q, k, v linears of one input into one.
+    """Fuse written-out attention into one operator, and q, k, v or gate, up linears of one input into one.
 
     Attributes:
         attention: matmul–scale–mask–softmax–matmul → ``scaled_dot_product_attention``, the mask as found.
         qkv: linears of one input that feed one attention → one linear and a split.
+        gate_up: the two linears of a gated linear unit (SwiGLU, GeGLU) → one linear and a split.
     """
 
     name: ClassVar[str] = "fuse"
     contract: ClassVar[Contract] = EXACT
     attention: bool = True
     qkv: bool = True
+    gate_up: bool = True
 
     def rules(self) -> tuple[Rule, ...]:
-        return (*([FuseAttention()] if self.attention else []), *([FuseQKV()] if self.qkv else []))
+        chosen: tuple[tuple[bool, Rule], ...] = (
+            (self.attention, FuseAttention()),
+            (self.qkv, FuseQKV()),
+            (self.gate_up, FuseGateUp()),
+        )
+        return tuple(rule for wanted, rule in chosen if wanted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``rewriter inspect | plan | apply | optimize | diff | verify | passes | export``.
+"""The command line: ``rewriter inspect | explain | plan | apply | optimize | diff | verify | passes | export``.
 
 Exit codes: 0 done, 1 refused or a promise broken, 2 usage, 130 interrupted. Results go to stdout, alone and as JSON
 with ``--json``; progress and logs go to stderr. Output paths are tried before any work is done.
@@ -15,7 +15,7 @@ import typer
 
 import rewriter
 from rewriter import registry
-from rewriter.cli import inspecting, jobs, loading
+from rewriter.cli import explaining, inspecting, jobs, loading
 from rewriter.cli import options as o
 from rewriter.cli.console import json_text, progress_bar, quieten, refusing, show
 from rewriter.cli.jobs import DEFAULT_ROWS, Job
@@ -83,6 +83,37 @@ def inspect(
             chosen = loading.parse_passes(passes)
             kind = type(module).__name__
             found = inspecting.site(program, site) if site else inspecting.overview(kind, program, chosen)
+        show(*found, as_json)
+
+
+@app.command(
+    epilog=o.examples(
+        "rewriter explain examples/tiny_lm --rule attention --site layers.3",
+        "rewriter explain mypackage.models:build --rule fuse.qkv",
+    )
+)
+def explain(
+    model: o.Model,
+    rule: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="A view (attention), a pass (fuse) or one rule of a pass (fuse.qkv)."),
+    ],
+    site: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Only at or below this module; its last parts are enough.")
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Reasons to show, nearest misses first.")] = 10,
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    as_json: o.AsJson = False,
+) -> None:
+    """Say where a rule applies and why it does not elsewhere: the step that failed, what it found, your source line."""
+    with refusing():
+        of = explaining.subject(rule)
+        with progress_bar() as tell:
+            _, program = jobs.captured(Job(model, "", example_inputs, static=static_shapes, dtype=dtype), tell)
+            path = None if site is None else explaining.site_path(program, site)
+            found = explaining.explanation(program, rule, of, path, limit)
         show(*found, as_json)
 
 

@@ -16,8 +16,9 @@ Captures:
     bias_scale   float: the bias is multiplied by it
     softcap      float or None: the scaled scores s become c · tanh(s / c)
     scale        float (None where it is 1/sqrt of a head dim that is not fixed)
+    blended      bool: the bias is added by baddbmm, so that it has the dimensions of the products
     split        node or None: where the products work on [batch · heads, ...], the node that views the scores as
-                 [batch, heads, ...]; the mask has those dimensions, a bias of baddbmm those of the products
+                 [batch, heads, ...], which the mask broadcasts to
     is_causal    bool
     dropout_p    float; 0.0 where nothing is dropped
     softmax_dtype   dtype the softmax is computed in where that is said, else None
@@ -63,6 +64,7 @@ from rewriter.views.base import View, with_captures
 aten = torch.ops.aten
 
 _THROUGH = (NOOP_CAST, CONTIGUOUS, NOOP_SHAPE, ALIAS)
+_SUM, _JOIN = "sum_", "joined_"  # names of nodes that only conditions look at
 
 
 # -------------------------------------------------------------------------------------------------- conditions
@@ -102,16 +104,19 @@ def _one_dtype(facts: Facts, captures: Mapping[str, Any]) -> bool:
 
 def _terms_fit(facts: Facts, captures: Mapping[str, Any]) -> bool:
     """Bias and mask broadcast to the scores, not the scores to them."""
-    scores = facts.shape(captures["split"] or captures["product"])
-    return all(same_shape(facts.shape(captures[n]), scores) for n in ("biased", "masked") if captures[n] is not None)
+    scores = facts.shape(captures["split"] or captures["product"] or captures["blended"])
+    sums = [node for name, node in captures.items() if name.startswith(_SUM) and node is not None]
+    return all(same_shape(facts.shape(node), scores) for node in sums)
 
 
 def _split_is_undone(facts: Facts, captures: Mapping[str, Any]) -> bool:
     """[batch · heads, q, k] is viewed as [batch, heads, q, k] and back, or not at all."""
-    split, joined = captures["split"], captures["joined"]
-    if split is None or joined is None:
-        return split is joined
-    product, scores = facts.shape(captures["product"]) or (), facts.shape(split) or ()
+    split = captures["split"]
+    joins = [node for name, node in captures.items() if name.startswith(_JOIN) and node is not None]
+    if split is None or len(joins) != 1:
+        return split is None and not joins
+    (joined,) = joins
+    product, scores = facts.shape(captures["product"] or captures["blended"]) or (), facts.shape(split) or ()
     kept = len(product) == 3 and len(scores) == 4 and same_shape(product[-2:], scores[-2:])
     return kept and same_shape(facts.shape(joined), product)
 
@@ -145,7 +150,7 @@ def _filled(scores: Expression) -> Expression:
         for value in (literal, tensor)
         for call in (masked_fill(scores, drop, value), where(drop, value, scores), where(keep, scores, value))
     ]
-    first, *others = (call.named("masked") for call in calls)
+    first, *others = (call.named(f"{_SUM}fill_{i}") for i, call in enumerate(calls))
     options: Expression = first
     for call in others:
         options = options | call
@@ -161,22 +166,23 @@ def _written_out() -> tuple[Call, Call]:
     query = _scaled(q, "q")
     key = swap_last(_scaled(k, "k")) | swap_last(k) * Const("kt_times", number)
     product = (query @ key).named("product")
-    blended = baddbmm(Var("blend"), query, key, Const("beta", number), Const("alpha", number)).named("product")
+    blended = baddbmm(Var("blend"), query, key, Const("beta", number), Const("alpha", number)).named("blended")
     scores = _scaled(product | blended, "scores")
     cap = Const("cap", number)
     capped = tanh(scores / cap) * cap | tanh(scores * Const("cap_inverse", number)) * cap | scores
     split = optionally(lambda s: reshape(s, Anything()).where(changing).named("split"), capped)
-    biased = (split + bias).named("biased")
-    masked = _filled(biased | split) | (biased + mask).named("masked") | (split + mask).named("masked") | split
+    biased = (split + bias).named(f"{_SUM}bias")
+    both, one = (biased + mask).named(f"{_SUM}both"), (split + mask).named(f"{_SUM}mask")
+    masked = _filled(biased | split) | both | one | split
 
-    def joined(value: Expression) -> Expression:
-        return optionally(lambda s: reshape(s, Anything()).where(changing).named("joined"), value)
+    def joined(value: Expression, when: str) -> Expression:
+        return optionally(lambda s: reshape(s, Anything()).where(changing).named(_JOIN + when), value)
 
-    wide = optionally(lambda s: cast(s).where(widening), joined(masked))
+    wide = optionally(lambda s: cast(s).where(widening), joined(masked, "before"))
     probabilities = softmax(wide, -1, Const("softmax_dtype")).where(widening)
     narrow = optionally(cast, probabilities)
     dropped = optionally(lambda p: dropout(p, Const("p"), Const("train")), narrow)
-    return (joined(dropped) @ v).named("output"), probabilities
+    return (joined(dropped, "after") @ v).named("output"), probabilities
 
 
 _output, _softmax = _written_out()
@@ -239,6 +245,7 @@ def _eager_terms(facts: Facts, match: Match) -> Match:
         | _mask_terms(facts, captured)
         | {
             "bias": bias,
+            "blended": bool(beta),
             "bias_scale": float(beta) * factor("scores") if beta else 1.0,
             "softcap": None if captured["cap"] is None else float(captured["cap"]),
             "scale": factor("q") * factor("k") * factor("kt") * factor("scores") * alpha,
@@ -278,6 +285,7 @@ def _sdpa_terms(facts: Facts, match: Match) -> Match:
             "mask_form": form,
             "fill": None,
             "bias": None,
+            "blended": False,
             "bias_scale": 1.0,
             "softcap": None,
             "scale": scale,

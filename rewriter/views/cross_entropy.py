@@ -101,6 +101,10 @@ GATHERED = {
     "sum": pattern("cross_entropy", _sum, where=(_every_row,), transparent=_THROUGH, anchor=_picked),
     "none": pattern("cross_entropy", _single, where=(_every_row,), transparent=_THROUGH, anchor=_picked),
 }
+# The same as one pattern, for the nearest miss over all of them.
+ANY_GATHERED = pattern(
+    "cross_entropy", _mean | _sum | _single, where=(_every_row,), transparent=_THROUGH, anchor=_picked
+)
 
 
 def _find(facts: Facts) -> list[Match]:
@@ -112,7 +116,7 @@ def _find(facts: Facts) -> list[Match]:
 
 def _explain(facts: Facts) -> list[Miss]:
     covered = {node for match in _find(facts) for node in match.nodes}
-    misses = [miss for one in (NLL, GATHERED["none"]) for miss in explain(facts, one)]
+    misses = [miss for one in (NLL, ANY_GATHERED) for miss in explain(facts, one)]
     return sorted((m for m in misses if m.node is not None and m.node not in covered), key=lambda miss: -miss.depth)
 
 

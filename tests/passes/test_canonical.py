@@ -225,8 +225,8 @@ def test_what_overflows_as_written_is_taken_only_on_demand(function: Callable[..
     assert len(rules) == 1
     rewriter.verify(before, after, [(sample(),)]).raise_if_failed()  # where nothing overflows: the same function
     large = (sample() * 1000,)
-    assert not before.module(*large)[0].isfinite().all()
-    assert after.module(*large)[0].isfinite().all()
+    assert not before.graph_module(*large)[0].isfinite().all()
+    assert after.graph_module(*large)[0].isfinite().all()
     assert not rewriter.verify(before, after, [large]).passed  # and there it is another one
 
 

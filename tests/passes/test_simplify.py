@@ -83,7 +83,8 @@ X = _normal(3, 4, 6)
 @pytest.mark.parametrize("passes", [["simplify"], ["fuse", "simplify"]], ids="+".join)
 def test_models_compute_the_same_from_fewer_nodes(kind: str, passes: list[str]) -> None:
     opt = rewriter.optimize(kinds.build_input(kind), passes)
-    result = rewriter.verify(opt.original_program(), opt.program, [kinds.plain(kind).args])
+    samples = [opt.original.example]
+    result = rewriter.verify(opt.original_program(), opt.program, samples)
     result.raise_if_failed()
     assert max(f.relative for f in (*result.outputs, *result.gradients)) <= 1e-10
     assert len(opt.program.graph.nodes) < len(opt.original.graph.nodes)
@@ -95,7 +96,8 @@ def test_models_compute_the_same_from_fewer_nodes(kind: str, passes: list[str]) 
 def test_undo_save_module_and_training(kind: str, tmp_path: Any) -> None:
     opt = rewriter.optimize(kinds.build_input(kind), ["simplify"])
     call = kinds.plain(kind)
-    kinds.assert_same(call(opt.undo("simplify")), call(kinds.build(kind)))
+    original = rewriter.optimize(kinds.build_input(kind), [])
+    kinds.assert_same(call(opt.undo("simplify")), call(original))
     kinds.assert_same(call(opt.to_module()), call(kinds.build(kind)))
     opt.save(tmp_path / "model")
     kinds.assert_same(call(rewriter.load(tmp_path / "model", model=kinds.build(kind))), call(opt))
@@ -128,6 +130,7 @@ def test_a_call_that_changes_nothing_goes(function: Any) -> None:
     "function",
     [
         lambda m, x: torch.relu(x)[:, 1:] + 1,
+        lambda m, x: torch.relu(x)[:, ::2] + 1,
         lambda m, x: torch.relu(x).to(torch.float64) + 1,
         lambda m, x: torch.relu(x).contiguous() + 1,
         lambda m, x: torch.relu(x) * 1.0000001 + 1,
@@ -151,7 +154,7 @@ def test_a_full_slice_of_a_dynamic_dimension_goes_and_a_short_one_stays() -> Non
 
 def test_a_copy_that_is_written_stays() -> None:
     def function(m: Any, x: Tensor) -> Tensor:
-        y = torch.relu(x)
+        y = x + 2
         z = y * 1
         z.add_(1)
         return y + z
@@ -162,10 +165,10 @@ def test_a_copy_that_is_written_stays() -> None:
 
 def test_a_copy_of_what_is_written_later_stays() -> None:
     def function(m: Any, x: Tensor) -> Tensor:
-        y = torch.relu(x)
+        y = x + 2
         z = y * 1
         y.add_(1)
-        return y * z
+        return y + z
 
     outcome = Outcome(function, X, identity=True).verified()
     assert outcome.rules == [] and "written" in outcome.reasons

@@ -8,11 +8,12 @@ root is the match. There is no trail, no index and no pruning, and nothing is sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from rewriter.expressions import Alternatives, Anything, Call, Const, Dim, Literal, Optional, Sequence, Var, Variadic
+from rewriter.expressions import Call, Expression, Variadic
 from rewriter.facts import Facts
 from rewriter.pattern import Pattern
 
@@ -35,8 +36,7 @@ class Meaning(NamedTuple):
     def matches(self) -> list[Solution]:
         """The first solution at each root that has one, in graph order."""
         start = Solution({}, {}, frozenset(), frozenset())
-        firsts = (next(self.at([node], start), None) for node in self.facts.graph.nodes)
-        return [solution for solution in firsts if solution is not None]
+        return [first for node in self.facts.graph.nodes for first in islice(self.at([node], start), 1)]
 
     def at(self, candidates: Any, s: Solution) -> Iterator[Solution]:
         """Solutions with the next output at one of the candidates, and the further ones anywhere."""
@@ -51,49 +51,68 @@ class Meaning(NamedTuple):
         if kept and self.holds(self.pattern.conditions, captures):
             yield s._replace(captures=captures)
 
-    def solutions(self, e: Any, value: Any, user: Node | None, s: Solution, through: bool = True) -> Iterator[Solution]:
+    def solutions(self, e: Expression, value: Any, user: Any, s: Solution, through: bool = True) -> Iterator[Solution]:
         """Every way in which `value`, an argument of `user`, is the expression `e`, given what is bound already."""
-        known = s.captures.get(e.name) if isinstance(e, (Var, Const, Variadic)) else None
-        constant = not _holds_node(value)
-        if isinstance(e, Alternatives):
-            for option in e.options:
-                yield from self.solutions(option, value, user, s, through)
-        elif isinstance(e, Optional):
-            yield from [s] if value is None else self.solutions(e.inner, value, user, s)
-        elif isinstance(e, Sequence) and isinstance(value, (list, tuple)):
-            at = next((i for i, item in enumerate(e.items) if isinstance(item, Variadic)), None)
-            if at is not None and (end := len(value) - (len(e.items) - at - 1)) >= at:
-                value = [*value[:at], tuple(value[at:end]), *value[end:]]
-            if len(value) == len(e.items):
-                yield from self.each(list(zip(e.items, value, strict=True)), user, s)
-        elif isinstance(e, Variadic) and all(isinstance(n, Node) and self.holds(e.predicates, n) for n in value):
-            yield from [s._replace(captures={**s.captures, e.name: value})] if known in (None, value) else []
-        elif isinstance(e, Const) and constant and self.holds(e.predicates, value):
-            fits = e.name not in s.captures or _equal(known, value)
-            yield from [s._replace(captures={e.name: value, **s.captures})] if fits else []
-        elif isinstance(e, (Anything, Literal, Dim)):
-            literal = isinstance(e, Literal) and constant and _equal(e.value, value)
-            yield from [s] if literal or isinstance(e, Anything) or self.is_dim(e, value, user) else []
-        elif isinstance(e, Var) and isinstance(value, Node):
-            chain = self.chain(value)
-            node = next((n for n in chain if self.holds(e.predicates, n)), None) if known is None else known
-            before = self.chain(known) if known is not None else chain
-            if node is not None and before[-1] is chain[-1] and self.holds(e.predicates, node):
-                past = chain[: chain.index(node)] if known is None else before[:-1] + chain[:-1]
-                past = [] if value is node else past
-                yield Solution({**s.captures, e.name: node}, s.bound, s.nodes.union(past), s.past.union(past), s.outputs)
-        elif isinstance(e, Call) and isinstance(value, Node):
-            for count, node in enumerate(chain := self.chain(value) if through else [value]):
-                yield from self.call(e, node, s._replace(nodes=s.nodes.union(chain[:count])))
+        return getattr(self, type(e).__name__.lower())(e, value, user, s, through)
 
-    def call(self, e: Call, node: Node, s: Solution) -> Iterator[Solution]:
+    def alternatives(self, e: Any, value: Any, user: Any, s: Solution, through: bool) -> Iterator[Solution]:
+        for option in e.options:
+            yield from self.solutions(option, value, user, s, through)
+
+    def optional(self, e: Any, value: Any, user: Any, s: Solution, _: bool) -> Iterator[Solution]:
+        yield from [s] if value is None else self.solutions(e.inner, value, user, s)
+
+    def literal(self, e: Any, value: Any, user: Any, s: Solution, _: bool) -> Iterator[Solution]:
+        yield from [s] if not _holds_node(value) and _equal(value, e.value) else []
+
+    def anything(self, e: Any, value: Any, user: Any, s: Solution, _: bool) -> Iterator[Solution]:
+        yield s
+
+    def const(self, e: Any, value: Any, user: Any, s: Solution, _: bool) -> Iterator[Solution]:
+        if not _holds_node(value) and self.holds(e.predicates, value) and _equal(s.captures.get(e.name, value), value):
+            yield s._replace(captures={e.name: value, **s.captures})
+
+    def dim(self, e: Any, value: Any, user: Any, s: Solution, _: bool) -> Iterator[Solution]:
+        value = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+        rank = len(self.facts.shape(user.all_input_nodes[0]) or ()) + e.new_dims
+        if type(value) is int and ((value - e.index) % rank == 0 if rank else value == e.index):
+            yield s
+
+    def variadic(self, e: Any, value: Any, user: Any, s: Solution, _: bool) -> Iterator[Solution]:
+        if all(isinstance(n, Node) and self.holds(e.predicates, n) for n in value):
+            yield from [s._replace(captures={e.name: value, **s.captures})] * (s.captures.get(e.name, value) == value)
+
+    def sequence(self, e: Any, value: Any, user: Any, s: Solution, _: bool) -> Iterator[Solution]:
+        given = list(value) if isinstance(value, (list, tuple)) else [None] * (len(e.items) + 1)
+        for at in [i for i, item in enumerate(e.items) if isinstance(item, Variadic)]:
+            end = len(given) - (len(e.items) - at - 1)
+            given = [*given[:at], tuple(given[at:end]), *given[end:]] if end >= at else []
+        yield from self.each(list(zip(e.items, given, strict=True)), user, s) if len(given) == len(e.items) else []
+
+    def var(self, e: Any, value: Any, user: Any, s: Solution, _: bool) -> Iterator[Solution]:
+        chain = self.chain(value) if isinstance(value, Node) else []
+        if e.name in s.captures:
+            node, before = s.captures[e.name], self.chain(s.captures[e.name])
+            past = [] if value is node else [*before[:-1], *chain[:-1]]
+            fits = bool(chain) and before[-1] is chain[-1] and self.holds(e.predicates, node)
+        else:
+            past = list(takewhile(lambda n: not self.holds(e.predicates, n), chain))
+            fits, node = len(past) < len(chain), [*chain, None][len(past)]
+        if fits:
+            yield Solution({**s.captures, e.name: node}, s.bound, s.nodes.union(past), s.past.union(past), s.outputs)
+
+    def call(self, e: Call, value: Any, user: Any, s: Solution, through: bool) -> Iterator[Solution]:
+        chain = ([value] if not through else self.chain(value)) if isinstance(value, Node) else []
+        for count, node in enumerate(chain):
+            yield from self.call_at(e, node, s._replace(nodes=s.nodes.union(chain[:count])))
+
+    def call_at(self, e: Call, node: Node, s: Solution) -> Iterator[Solution]:
         if e in s.bound:
             yield from [s] if s.bound[e] is node else []
         elif (operands := self.operands(e, node)) is not None and self.holds(e.conditions, node):
             captures = {**s.captures, e.name: node} if e.name else s.captures
             s = Solution(captures, {**s.bound, e: node}, s.nodes | {node}, s.past, s.outputs)
-            exchange = e.operator.commutative and len(operands) == 2
-            for order in [operands, operands[::-1]] if exchange else [operands]:
+            for order in [operands, operands[::-1]] if e.operator.commutative and len(operands) == 2 else [operands]:
                 yield from self.each(list(zip(e.arguments.values(), order, strict=True)), node, s)
 
     def each(self, goals: list[tuple[Any, Any]], user: Node | None, s: Solution) -> Iterator[Solution]:
@@ -123,13 +142,6 @@ class Meaning(NamedTuple):
 
     def holds(self, conditions: Any, value: Any) -> bool:
         return all(condition.test(self.facts, value) for condition in conditions)
-
-    def is_dim(self, e: Any, value: Any, user: Any) -> bool:
-        value = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
-        if not isinstance(e, Dim) or type(value) is not int:
-            return False
-        rank = len(self.facts.shape(user.all_input_nodes[0]) or ()) + e.new_dims
-        return (value - e.index) % rank == 0 if rank else value == e.index
 
 
 def _holds_node(value: Any) -> bool:

@@ -116,7 +116,9 @@ class Writer:
         if kind == 4:
             return ops.softmax(x, self.chance.among((-1, Const("dim"), 1)))
         if kind == 5:
-            return ops.linear(x, Var("w", where=parameter), self.chance.among((None, Optional(Var("bias")), Var("bias"))))
+            return ops.linear(
+                x, Var("w", where=parameter), self.chance.among((None, Optional(Var("bias")), Var("bias")))
+            )
         if kind == 6:
             return ops.cast(x, self.chance.among((Const("t"), DTYPES[1])))
         if kind == 7:
@@ -138,7 +140,9 @@ class Writer:
         """A list argument with any number of further nodes before, between or after, or none."""
         items = [x, self.expression(depth - 1)] if self.chance.upto(1) else [x]
         if self.chance.upto(2):
-            items.insert(self.chance.upto(len(items)), Variadic("rest", where=floating if self.chance.upto(1) else None))
+            items.insert(
+                self.chance.upto(len(items)), Variadic("rest", where=floating if self.chance.upto(1) else None)
+            )
         return items
 
     def pattern(self) -> Pattern:

@@ -25,7 +25,19 @@ from rewriter.pattern import (
 )
 from rewriter.predicates import parameter
 
-from .graphs import BINARY, COMMUTATIVE, DTYPES, NUMBERS, PASSING, UNARY, Builder, Chance, IllTypedError, aten, some_value
+from .graphs import (
+    BINARY,
+    COMMUTATIVE,
+    DTYPES,
+    NUMBERS,
+    PASSING,
+    UNARY,
+    Builder,
+    Chance,
+    IllTypedError,
+    aten,
+    some_value,
+)
 
 _CONSTANTS: dict[str, tuple[Any, ...]] = {
     "dtype": DTYPES,
@@ -137,7 +149,7 @@ class Planter:
             given["alpha"] = 2
         placed = [a for a in schema if not a.kwarg_only]
         last = max(i for i, a in enumerate(placed) if a.name in given)
-        args = [given[a.name] if a.name in given else a.default_value for a in placed[: last + 1]]
+        args = [given.get(a.name, a.default_value) for a in placed[: last + 1]]
         return target, args, {a.name: given[a.name] for a in schema if a.kwarg_only and a.name in given}
 
     def decorated(self, node: Node) -> Node:

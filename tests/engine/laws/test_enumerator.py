@@ -57,7 +57,9 @@ def searched(facts: Facts, wanted: Pattern) -> list[Any]:
         solver = Solver(facts, wanted)
         if node.target in wanted.root_targets and solver.solve(node):
             captures = {name: solver.captures.get(name) for name in wanted.names}
-            found.append((node, tuple(solver.outputs), captures, set(solver.nodes), set(solver.casts), set(solver.shared)))
+            found.append(
+                (node, tuple(solver.outputs), captures, set(solver.nodes), set(solver.casts), set(solver.shared))
+            )
     return found
 
 

@@ -28,8 +28,9 @@ class Refused:
     """The rewrite is not made, and the reason holds these words.
 
     Attributes:
-        kind: of the legality reason, or ``"guard"`` (the rule's own), ``"pattern"`` (no match, explained), ``"absent"``
-            (the operators do not occur; nothing to explain).
+        kind: of the legality reason, or ``"guard"`` (the rule's own), ``"replacement"`` (seen when it was built),
+            ``"pattern"`` (no match, with the reason why), ``"region"`` (in a graph of its own), ``"absent"`` (the
+            pattern's operators do not occur: nothing to explain).
         words: what the reason must say.
         possible: whether a sound rewrite exists that the engine leaves out; it is then no merit to refuse.
     """

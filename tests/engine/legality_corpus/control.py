@@ -34,7 +34,7 @@ def gated(x: Tensor) -> Tensor:
 still = lambda: (numbers(3, 4),)  # noqa: E731
 
 
-@case(SILU, Refused("absent", "inside a body of", possible=True), still)
+@case(SILU, Refused("region", "inside a body of", possible=True), still)
 def match_inside_a_branch(x: Tensor) -> Tensor:
     """A pattern in the body of a cond."""
     return torch.cond(x.sum() > 0, gated, torch.cos, (x,))
@@ -60,7 +60,7 @@ def interior_read_by_a_branch(x: Tensor) -> Tensor:
     return x * s + torch.cond(x.sum() > 0, torch.sin, torch.cos, (s,))
 
 
-@case(SILU, Refused("absent", "inside a body of", possible=True), still)
+@case(SILU, Refused("region", "inside a body of", possible=True), still)
 def match_inside_a_loop(x: Tensor) -> Tensor:
     """A pattern in the body of a while_loop."""
     from torch._higher_order_ops.while_loop import while_loop
@@ -69,7 +69,7 @@ def match_inside_a_loop(x: Tensor) -> Tensor:
     return value + count
 
 
-@case(SILU, Refused("absent", "inside a body of", possible=True), still)
+@case(SILU, Refused("region", "inside a body of", possible=True), still)
 def match_inside_a_map(x: Tensor) -> Tensor:
     """A pattern in the body of a map over rows."""
     from torch._higher_order_ops.map import map as higher_order_map

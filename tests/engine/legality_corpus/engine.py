@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import rewriter
@@ -21,7 +21,7 @@ class Attempt:
 
     Attributes:
         sites: how many were rewritten; changed: how a caller could tell, None if not at all.
-        kinds: of the legality reasons against matches; misses: everything that was said.
+        kinds: of the legality reasons against matches, and the steps of misses; misses: everything that was said.
     """
 
     sites: int
@@ -40,7 +40,7 @@ def attempt(case: Case) -> Attempt:
     plan = rewriter.plan(program, [case.rewrite.ours])
     after = rewriter.apply(program, plan)
     changed = difference(expected, by_program(after, case))
-    return Attempt(len(plan.sites), changed, frozenset(_kinds(program, case)), (*plan.misses,))
+    return Attempt(len(plan.sites), changed, frozenset(_kinds(program, case, plan.misses)), plan.misses)
 
 
 def captured(case: Case) -> Program:
@@ -57,7 +57,8 @@ def by_program(program: Program, case: Case) -> Behaviour:
     return observe(program.run, case.inputs(), program.tensors())
 
 
-def _kinds(program: Program, case: Case) -> Iterator[str]:
+def _kinds(program: Program, case: Case, misses: Sequence[Miss]) -> Iterator[str]:
+    yield from (miss.step for miss in misses)
     for rule in case.rewrite.ours.rules():
         for match in rule.find(program)[0]:
             reason = legality.refusal(program.facts, match)

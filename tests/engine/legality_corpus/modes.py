@@ -98,7 +98,7 @@ def match_inside_a_gradient_island(x: Tensor) -> Tensor:
     return r + x
 
 
-@case(SILU, Refused("absent", "inside a body of", possible=True), matrices(1, dtype=torch.float32))
+@case(SILU, Refused("region", "inside a body of", possible=True), matrices(1, dtype=torch.float32))
 def match_inside_autocast(x: Tensor) -> Tensor:
     """The region is a graph of its own."""
     with torch.autocast("cpu", torch.bfloat16):

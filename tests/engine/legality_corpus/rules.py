@@ -58,7 +58,7 @@ def _silu(edit, x):
     return edit.call(aten.silu.default, x)
 
 
-SILU = Rewrite("x·σ(x) = silu(x)", _silu, (Traced(lambda x: x * torch.sigmoid(x), F.silu, (_M,)),))
+SILU = Rewrite("x·σ(x) = silu(x)", _silu, (Traced(lambda x: x * torch.sigmoid(x), lambda x: F.silu(x), (_M,)),))
 
 
 @rewriter.rule(pattern("x + (−y)", x + -y), name="corpus_subtract")
@@ -121,7 +121,10 @@ def _transposed_twice(edit, x):
 TRANSPOSED_TWICE = Rewrite(
     "(xᵀ)ᵀ = x",
     _transposed_twice,
-    (Traced(lambda x: x.transpose(-2, -1).transpose(-2, -1), lambda x: x, (_M,)),),
+    (
+        Traced(lambda x: x.transpose(-2, -1).transpose(-2, -1), lambda x: x, (_M,)),
+        Traced(lambda x: x.t().t(), lambda x: x, (_M,)),
+    ),
 )
 
 
@@ -134,7 +137,7 @@ def _relu_twice(edit, x):
 RELU_TWICE = Rewrite(
     "max(max(x, 0), 0) = max(x, 0)",
     _relu_twice,
-    (Traced(lambda x: torch.relu(torch.relu(x)), torch.relu, (_M,)),),
+    (Traced(lambda x: torch.relu(torch.relu(x)), lambda x: torch.relu(x), (_M,)),),
 )
 
 
@@ -187,7 +190,7 @@ def _addmm(edit, x, y, z):
 ADDMM = Rewrite(
     "addmm(z, x, y) = x y + z",
     _addmm,
-    (Traced(torch.addmm, lambda z, x, y: torch.mm(x, y) + z, (torch.rand(4), _M, _SQUARE)),),
+    (Traced(lambda z, x, y: torch.addmm(z, x, y), lambda z, x, y: torch.mm(x, y) + z, (torch.rand(4), _M, _SQUARE)),),
 )
 
 
@@ -201,7 +204,7 @@ _BATCH = torch.rand(2, 4, 4)
 BADDBMM = Rewrite(
     "baddbmm(z, x, y) = x y + z",
     _baddbmm,
-    (Traced(torch.baddbmm, lambda z, x, y: torch.bmm(x, y) + z, (_BATCH, _BATCH + 1, _BATCH + 2)),),
+    (Traced(lambda z, x, y: torch.baddbmm(z, x, y), lambda z, x, y: torch.bmm(x, y) + z, (_BATCH, _BATCH + 1, _BATCH + 2)),),
 )
 
 
@@ -214,7 +217,7 @@ def _bias(edit, x, y, z):
 BIAS = Rewrite(
     "x Wᵀ + b = linear(x, W, b)",
     _bias,
-    (Traced(lambda x, w, b: F.linear(x, w) + b, F.linear, (_M, _SQUARE, torch.rand(4))),),
+    (Traced(lambda x, w, b: F.linear(x, w) + b, lambda x, w, b: F.linear(x, w, b), (_M, _SQUARE, torch.rand(4))),),
 )
 
 _sin = Operator("sin", (aten.sin.default,), ("x",))
@@ -264,6 +267,11 @@ ATTENTION = Rewrite(
             lambda q, k, v, mask: torch.softmax(q @ k.transpose(-2, -1) * _HALF + mask, -1) @ v,
             lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, scale=_HALF),
             (*_HEADS, torch.rand(2, 3, 5, 5)),
+        ),
+        Traced(
+            lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1) * _HALF, -1, dtype=torch.float32).to(q.dtype) @ v,
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=_HALF),
+            tuple(t.half() for t in _HEADS),
         ),
         Traced(
             lambda q, k, v: F.dropout(torch.softmax(q @ k.transpose(-2, -1) * _HALF, -1), 0.5, False) @ v,

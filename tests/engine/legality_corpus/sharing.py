@@ -49,9 +49,9 @@ def commuted_product(x: Tensor) -> Tensor:
     return torch.sigmoid(x) * x
 
 
-@case(RELU_TWICE, Rewritten())
+@case(RELU_TWICE, Rewritten(2))
 def overlapping_matches(x: Tensor) -> Tensor:
-    """Three in a row hold two overlapping pairs; whatever is chosen, the value stays."""
+    """Three in a row hold two overlapping pairs: one after the other, since either takes a part of both."""
     return torch.relu(torch.relu(torch.relu(x)))
 
 
@@ -70,7 +70,7 @@ def nested_matches(x: Tensor, y: Tensor, z: Tensor, w: Tensor) -> Tensor:
     return inner * w + inner * x
 
 
-@case(SUBTRACT, Refused("pattern", "outside the match"), matrices(2))
+@case(SUBTRACT, Refused("pattern", "outside the match", possible=True), matrices(2))
 def interior_shared_by_two_matches(x: Tensor, y: Tensor) -> Tensor:
     """−y serves two sums: both may become subtractions only if it goes in both."""
     negative = -y
@@ -108,7 +108,7 @@ class Shared_layer(Projections):
         return self.attend(self.attend(self.attend(x)))
 
 
-@case(QKV, Refused("guard", "same weight"), sequences)
+@case(QKV, Refused("guard", "same weight", possible=True), sequences)
 class Tied_projections(Projections):
     """q and k are one parameter: merged they would part when trained."""
 
@@ -120,7 +120,7 @@ class Tied_projections(Projections):
         return self.attend(x)
 
 
-@case(QKV, Refused("guard", "read outside"), sequences)
+@case(QKV, Refused("guard", "read outside", possible=True), sequences)
 class Weight_read_elsewhere(Projections):
     """A weight is also regularised: merged it would be two parameters."""
 
@@ -128,7 +128,7 @@ class Weight_read_elsewhere(Projections):
         return self.attend(x) + self.q.weight.square().sum()
 
 
-@case(QKV, Refused("guard", "frozen"), sequences)
+@case(QKV, Refused("guard", "frozen", possible=True), sequences)
 class One_projection_frozen(Projections):
     """requires_grad differs: one merged parameter cannot be both."""
 
