@@ -121,11 +121,15 @@ def replay(program: Program, plan: Plan) -> Program:
 
 @neutral()
 def missing(program: Program, plan: Plan) -> list[PlannedSite]:
-    """Sites of a plan that are not found when it is replayed on ``program``, which is used up by trying."""
-    return _replay(program, plan, strict=False)
+    """Sites of a plan that are not found when it is replayed on ``program``, which is used up by trying.
+
+    Parameters of exact rules are described only: the store may hold those of another plan, or in another dtype. For
+    approximate rules, which come last and cannot be described without values, it is tried whether they find their sites.
+    """
+    return _replay(program, plan, trial=True)
 
 
-def _replay(program: Program, plan: Plan, strict: bool = True) -> list[PlannedSite]:
+def _replay(program: Program, plan: Plan, trial: bool = False) -> list[PlannedSite]:
     """Edit, without compiling; returns the sites that were left as they are."""
     left: list[PlannedSite] = []
     editor = Editor(program)
@@ -134,14 +138,15 @@ def _replay(program: Program, plan: Plan, strict: bool = True) -> list[PlannedSi
         assigned = _assign(found.sites, stage)
         apart = {id(site) for site in disjoint(site for _, site in assigned if site is not None)}
         for planned, site in assigned:
-            if site is None and rule.parametric and strict:
+            if site is None and rule.parametric and not trial:
                 site = _recall(rule, program, planned, found.misses)
             elif site is not None and not rule.parametric:
                 site = site if id(site) in apart and _settles(program, planned, site) else None
             if site is None:
                 left.append(planned)
-            else:
-                editor.rewrite(site, _present(editor, plan, planned, site), planned.choice)
+            elif rule.contract.exact or not trial:
+                tensors = declare(editor, planned, site) if trial else _present(editor, plan, planned, site)
+                editor.rewrite(site, tensors, planned.choice)
         editor.finish(compile=False)
     return left
 
@@ -170,7 +175,7 @@ def _present(editor: Editor, plan: Plan, planned: PlannedSite, site: Site) -> di
     if not names:
         return {}
     again = any(s.stage > planned.stage and s.address.path == planned.address.path for s in plan.sites)
-    if again:  # maybe under the same names, and in other shapes
+    if again and site.rule.contract.exact:  # maybe under the same names, and in other shapes
         return declare(editor, planned, site)
     if all(store.has(root, name) for name in names):
         return {name: store.get(root, name) for name in names}

@@ -353,6 +353,8 @@ def _lift_constants(
         if isinstance(value, GraphModule):
             bodies[str(node.target)] = value
             continue
+        if not isinstance(value, Tensor):
+            raise CaptureError(_not_a_tensor(node, value))
         name = node.meta.pop("rewriter_name", str(node.target))
         if name not in known and not store.has(root, name):
             leaf = _constant_name(value)
@@ -368,6 +370,15 @@ def _lift_constants(
         if node is not top:
             top.prepend(node)
     return constants, bodies
+
+
+def _not_a_tensor(node: Node, value: Any) -> str:
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    at = f"\n  at {' '.join(line.strip() for line in trace[-2:])}" if trace else ""
+    return (
+        f"torch.export left a {type(value).__name__} in the graph ({node.target}), and only tensors can be constants of a "
+        f"program{at}\n  usual cause: torch.vmap over Python functions, with which old releases of transformers make masks"
+    )
 
 
 def _constant_name(value: Tensor) -> str:

@@ -376,7 +376,7 @@ class _Writer(Text):
         if variable in self.certain:
             self.fail_if(f"not ({again})")
             return
-        if name not in self.named:
+        if name not in self.named and not self.local:  # a local function runs again, when the name may be bound
             for text in first or []:
                 self.line(text)
             self.line(f"{variable} = {value}")

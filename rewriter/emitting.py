@@ -41,6 +41,11 @@ class Text:
     def fail(self) -> str:
         return f"return {self._failure}"
 
+    @property
+    def local(self) -> bool:
+        """Whether the text written now is that of a local function, which may run several times."""
+        return self._failure != "no"
+
     @contextmanager
     def branch(self, head: str) -> Iterator[None]:
         """What is written inside stands below `head`, and what is bound there is not certain after it."""

@@ -24,6 +24,7 @@ from rewriter.schemas import (
     ASSERTIONS,
     MODE_SWITCHES,
     declared_writes,
+    may_write,
     named_arguments,
     nodes_in,
     viewed,
@@ -55,11 +56,9 @@ def facts_of(program: Facts | fx.GraphModule | Carrier) -> Facts:
 
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are equal for every input. Adds no guard: not known to be equal is different."""
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
-        return False
-    return a == b
+    # A symbolic size may have turned out constant; its expression is then the number.
+    one, other = (size.node.expr if isinstance(size, torch.SymInt) else size for size in (a, b))
+    return bool(one == other)
 
 
 def same_shape(a: tuple[Any, ...] | None, b: tuple[Any, ...] | None) -> bool:
@@ -277,8 +276,11 @@ class Facts:
             return tuple(n for n in node.all_input_nodes if self.shape(n) is not None) if views else ()
         if not isinstance(node.target, OpOverload):
             return ()
+        names = viewed(node.target)
+        if not names:  # of most operators; their arguments need not be looked up
+            return ()
         arguments = self.arguments(node)
-        return tuple(n for name in viewed(node.target) for n in nodes_in(arguments.get(name)))
+        return tuple(n for name in names for n in nodes_in(arguments.get(name)))
 
     def alias_roots(self, node: Node) -> frozenset[Node]:
         """The base values whose storage the node may share: itself, unless it is a view."""
@@ -303,7 +305,7 @@ class Facts:
         if isinstance(node.target, HigherOrderOperator):
             writes = any(_writes_input(body) for body in self.bodies(node))
             return tuple(n for n in node.all_input_nodes if self.shape(n) is not None) if writes else ()
-        if not isinstance(node.target, OpOverload):
+        if not isinstance(node.target, OpOverload) or not may_write(node.target):
             return ()
         arguments = self.arguments(node)
         return tuple(n for name in written(node.target, arguments) for n in nodes_in(arguments.get(name)))

@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx
 from torch.fx import Node
 
+from rewriter.expressions import Call, walk
 from rewriter.facts import Carrier, Facts, facts_of
 from rewriter.looking import readers
 from rewriter.matches import Match, Miss
@@ -82,7 +83,7 @@ def explain_at(facts: Facts, pattern: Pattern, anchor: Node) -> Miss | None:
         if Solver(facts, pattern, trace).solve(root):
             return None
         failure = trace.furthest
-        if failure is not None and (best is None or failure.depth > best.depth):
+        if failure is not None and (best is None or failure.progress > best.progress):
             best = failure
     if best is None:
         best = _failure_below(facts, pattern, anchor)
@@ -158,10 +159,30 @@ def _failure_below(facts: Facts, pattern: Pattern, anchor: Node) -> Failure:
     solver = Solver(facts, pattern, trace)
     if not solver.solve_part(pattern.anchor, anchor) and trace.furthest is not None:
         return trace.furthest
-    users = ", ".join(describe(user) for user in facts.users(anchor)) or "no user"
-    wanted = tuple(dict.fromkeys(base_name(target) for target in pattern.root_targets))
-    reason = "nothing consumes it as the pattern needs"
-    return Failure(len(solver.nodes), True, anchor, "above the anchor", reason, wanted, users)
+    node, wanted = _stuck(facts, pattern, anchor)
+    users = ", ".join(describe(user) for user in facts.users(node)) or "no user"
+    reason = f"nothing consumes {describe(node)} as the pattern needs"
+    expected = tuple(dict.fromkeys(base_name(target) for target in wanted))
+    return Failure(len(solver.nodes), True, node, "above the anchor", reason, expected, users)
+
+
+def _stuck(facts: Facts, pattern: Pattern, anchor: Node) -> tuple[Node, list[Any]]:
+    """The value up to which operators fit on the way from an anchor to a root, and the operators that should read it."""
+    furthest, node = 0, anchor
+    wanted: dict[Any, None] = {}
+    for _, steps in pattern.anchor_routes:
+        level = [anchor]
+        for height, targets in enumerate(steps):
+            if height > furthest:
+                furthest, node, wanted = height, level[0], {}
+            if height == furthest and level[0] is node:
+                wanted |= dict.fromkeys(targets)
+            users = (user for value in level for user in readers(facts, pattern.transparent, value))
+            level = list(dict.fromkeys(user for user in users if user.target in targets))
+            if not level:
+                break
+    ordered = (t for e in walk(*pattern.outputs) if isinstance(e, Call) for t in e.operator.targets)
+    return node, [target for target in dict.fromkeys(ordered) if target in wanted]
 
 
 def _miss(facts: Facts, pattern: Pattern, anchor: Node, failure: Failure) -> Miss:

@@ -20,7 +20,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from rewriter.errors import LegalityError
-from rewriter.schemas import operator_name, viewed
+from rewriter.replacing import known_equal
+from rewriter.schemas import EXPANDED_ADDENDS, operator_name, viewed
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _OWN_SIZES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -49,6 +50,8 @@ class Propagation:
         except (RuntimeError, ValueError, IndexError) as error:  # what operators raise for operands that do not fit
             reason = str(error).partition("\n")[0]
             raise LegalityError(f"{operator_name(target)} does not take these operands: {reason}") from error
+        if target in EXPANDED_ADDENDS:
+            _check_addend(target, fake_args, fake_kwargs, value)
         if key is not None:
             self._known[key] = value
         return value
@@ -61,6 +64,19 @@ class Propagation:
         except TypeError:
             return None
         return key
+
+
+def _check_addend(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Tensor) -> None:
+    """Refuse an addend that makes the result larger than the product: the fake kernel takes it, the real one does not."""
+    given = dict(zip((a.name for a in target._schema.arguments), args, strict=False)) | dict(kwargs)
+    left, right = (given[name] for name in EXPANDED_ADDENDS[target])
+    columns = right.shape[0] if target is torch.ops.aten.linear.default else right.shape[-1]
+    product = (*left.shape[:-1], columns)
+    if len(product) != value.dim() or not all(map(known_equal, product, value.shape)):
+        raise LegalityError(
+            f"{operator_name(target)} does not take these operands: the product has shape {list(product)}, the sum "
+            f"{list(value.shape)}"
+        )
 
 
 def _is_repeatable(target: Any) -> bool:

@@ -62,7 +62,7 @@ def _differences(before: Tensor, after: Tensor) -> Iterator[str]:
         yield f"has dtype {_word(after.dtype)} instead of {_word(before.dtype)}"
     if before.device != after.device:
         yield f"is on {after.device} instead of {before.device}"
-    if before.dim() != after.dim() or not all(_same(a, b) for a, b in zip(before.shape, after.shape, strict=True)):
+    if before.dim() != after.dim() or not all(known_equal(a, b) for a, b in zip(before.shape, after.shape, strict=True)):
         yield f"has shape {list(after.shape)} instead of {list(before.shape)}"
 
 
@@ -143,10 +143,10 @@ def _all_same_strides(before: Any, after: Any) -> bool:
 def _same_strides(before: Tensor, after: Tensor) -> bool:
     """Strides of dimensions of size 1 say nothing."""
     sizes = zip(before.shape, before.stride(), after.stride(), strict=True)
-    return all(_same(a, b) or _same(size, 1) for size, a, b in sizes)
+    return all(known_equal(a, b) or known_equal(size, 1) for size, a, b in sizes)
 
 
-def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+def known_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Equal for every input; adds no guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b

@@ -71,6 +71,16 @@ UNDECLARED_WRITES: Mapping[Any, tuple[str, tuple[str, ...]]] = MappingProxyType(
     }
 )
 
+# Operators that add something to a product and only expand it to the product's shape, while their fake kernels broadcast
+# the two against each other: operator -> the two factors.
+EXPANDED_ADDENDS: Mapping[Any, tuple[str, str]] = MappingProxyType(
+    {
+        aten.linear.default: ("input", "weight"),
+        aten.addmm.default: ("mat1", "mat2"),
+        aten.baddbmm.default: ("batch1", "batch2"),
+    }
+)
+
 # Names for the operands of the Python operators that occur in graphs.
 _PYTHON_OPERANDS: Mapping[Any, tuple[str, ...]] = MappingProxyType({operator.getitem: ("self", "index")})
 
@@ -155,6 +165,12 @@ def viewed(target: OpOverload) -> tuple[str, ...]:
 def declared_writes(target: OpOverload) -> tuple[str, ...]:
     """Names of the arguments the schema says are written: ``Tensor(a!)``."""
     return tuple(a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write)
+
+
+@cache
+def may_write(target: OpOverload) -> bool:
+    """Whether some call of the operator writes to an argument."""
+    return bool(declared_writes(target)) or target in UNDECLARED_WRITES
 
 
 def written(target: OpOverload, arguments: Mapping[str, Any]) -> tuple[str, ...]:

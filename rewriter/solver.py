@@ -46,6 +46,7 @@ class Failure:
         precise: the operator fitted too, and something about the call did not.
         node, step: the place in the graph and in the pattern.
         reason, expected, found: what is wrong; what would have done, and what is there.
+        captured: number of captures until then: of two places equally deep, the search got past the one with fewer.
     """
 
     depth: int
@@ -55,10 +56,15 @@ class Failure:
     reason: str
     expected: tuple[str, ...]
     found: str
+    captured: int = 0
+
+    @property
+    def progress(self) -> tuple[int, bool, int]:
+        return self.depth, self.precise, self.captured
 
     @property
     def place(self) -> tuple[Any, ...]:
-        return self.depth, self.precise, self.node, self.step
+        return *self.progress, self.node, self.step
 
 
 class Trace:
@@ -69,7 +75,7 @@ class Trace:
 
     def record(self, failure: Failure) -> None:
         known = self.furthest
-        if known is None or (failure.depth, failure.precise) > (known.depth, known.precise):
+        if known is None or failure.progress > known.progress:
             self.furthest = failure
         elif failure.place == known.place:  # another alternative there: either would have done
             self.furthest = replace(known, expected=known.expected + failure.expected)
@@ -172,7 +178,8 @@ class Solver:
         step = f"{goal.step} > {call.operator.name}" if goal.step else call.operator.name
         operands = call.operator.operands_of(self.facts, node, call.arguments)
         if isinstance(operands, str):
-            return self._fail(goal, f"{operator_name(node.target)} with {operands}", call.operator.name, node)
+            what = f"{operator_name(node.target)}{': ' if call.operator.read else ' with '}{operands}"
+            return self._fail(replace(goal, step=step), what, call.operator.name, node)
         if not self._satisfied(call.conditions, node, goal, call.name):
             return False
         if call.name is not None and not self._capture(call.name, node, goal):
@@ -405,7 +412,8 @@ class Solver:
         self, node: Node | None, step: str, reason: str, expected: str, found: str, precise: bool = False
     ) -> None:
         if self.trace is not None:
-            self.trace.record(Failure(len(self.nodes), precise, node, step, reason, (expected,), found))
+            captured = len(self.captures)
+            self.trace.record(Failure(len(self.nodes), precise, node, step, reason, (expected,), found, captured))
 
 
 def _constant_name(expression: Expression) -> str:

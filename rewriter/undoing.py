@@ -78,8 +78,9 @@ def _dependants(opt: Optimized, results: Mapping[str, SiteResult], chosen: Colle
         elif any(made_before(of[:k], of[k]) & set(result.created) for k in chosen if i < k):
             found[i] = "made the tensors it replaced, whose values were not kept"
     kept = tuple(site for i, site in enumerate(sites) if i not in chosen and i not in found)
-    lost = set(missing(opt.original.fork(compile=False), dataclasses.replace(opt.plan, sites=kept)))
-    found |= {i: "is found only after it" for i, site in enumerate(sites) if site in lost}
+    without = missing(opt.original.fork(compile=False), dataclasses.replace(opt.plan, sites=kept))
+    lost = {str(site.address) for site in without}
+    found |= {i: "is found only after it" for i, site in enumerate(sites) if str(site.address) in lost}
     return {i: why for i, why in found.items() if i not in chosen}
 
 

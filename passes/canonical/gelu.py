@@ -27,7 +27,8 @@ class CanonicalGELU(ToOperator):
 
     def objection(self, program: Program, match: Match) -> str | None:
         if match["deviation"] > CLOSEST:
-            return f"a constant is written to {match['deviation']:.0e} only: the operator is another function, if hardly"
+            off = f"{match['deviation']:.1e}"
+            return f"a constant of the formula is off by {off}, the operator has the exact one: not the same function"
         return None
 
     def rewrite(

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from rewriter.passes.fuse.attention import FuseAttention
 from rewriter.passes.fuse.gate_up import FuseGateUp
+from rewriter.passes.fuse.masks import FuseMask
 from rewriter.passes.fuse.qkv import FuseQKV
 from rewriter.registry import register
 from rewriter.rules import EXACT, Contract, Pass, Rule
@@ -22,6 +23,8 @@ class Fuse(Pass):
         attention: matmul–scale–mask–softmax–matmul → ``scaled_dot_product_attention``, the mask as found.
         qkv: linears of one input that feed one attention → one linear and a split.
         gate_up: the two linears of a gated linear unit (SwiGLU, GeGLU) → one linear and a split.
+        masks: a mask that is causal or full at every size it was evaluated at → ``is_causal=True``
+            or none. Off by default: unlike the others it rests on evaluation, not on the mask's text.
     """
 
     name: ClassVar[str] = "fuse"
@@ -29,11 +32,13 @@ class Fuse(Pass):
     attention: bool = True
     qkv: bool = True
     gate_up: bool = True
+    masks: bool = False
 
     def rules(self) -> tuple[Rule, ...]:
         chosen: tuple[tuple[bool, Rule], ...] = (
             (self.attention, FuseAttention()),
             (self.qkv, FuseQKV()),
             (self.gate_up, FuseGateUp()),
+            (self.masks, FuseMask()),
         )
         return tuple(rule for wanted, rule in chosen if wanted)

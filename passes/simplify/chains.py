@@ -47,7 +47,7 @@ class Collapse(Rule):
                 continue
             links = self._links(facts, root)
             if (match := self._inverse(facts, links) or self._run(facts, links)) is not None:
-                inside.update(n for n in match.nodes if n not in match.shared)
+                inside.update(match.nodes)
                 matches.append(match)
             elif (miss := self.near_miss(facts, links)) is not None:
                 misses.append(miss)
@@ -78,8 +78,8 @@ class Collapse(Rule):
             nodes = links[:count]
             value = nodes[-1].all_input_nodes[0]
             if self.is_identity(facts, value, nodes) and (count > 1 or self.alone):
-                shared = _escaping(facts, nodes)
-                return site(self.role, nodes[::-1], {"x": None, "value": value, "call": None}, shared=shared, casts=nodes)
+                gone, kept = _escaping(facts, nodes)
+                return site(self.role, gone[::-1], {"x": None, "value": value, "call": None, "kept": kept}, casts=gone)
         return None
 
     def _run(self, facts: Facts, links: Sequence[Node]) -> Match | None:
@@ -217,13 +217,12 @@ def _lossless(facts: Facts, x: Node, between: Sequence[Node]) -> bool:
     return given is not None and all((d := facts.dtype(n)) is not None and holds(d, given) for n in between)
 
 
-def _escaping(facts: Facts, nodes: Sequence[Node]) -> set[Node]:
-    """Of a chain (last one first), what stays because something outside reads it."""
-    kept: set[Node] = set()
-    for reader, node in pairwise(nodes):
-        if reader in kept or sole_user(facts, node) is not reader:
-            kept.add(node)
-    return kept
+def _escaping(facts: Facts, nodes: Sequence[Node]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """Of a chain (last one first), what goes with its root, and what stays because something outside reads it."""
+    for count, (reader, node) in enumerate(pairwise(nodes), 1):
+        if sole_user(facts, node) is not reader:
+            return tuple(nodes[:count]), tuple(nodes[count:])
+    return tuple(nodes), ()
 
 
 def _composed(facts: Facts, nodes: Sequence[Node]) -> list[int]:

@@ -20,7 +20,6 @@ def site(
     captures: Mapping[str, Any],
     *,
     casts: Collection[Node] = (),
-    shared: Collection[Node] = (),
 ) -> Match:
     """A match of the given nodes, in graph order; the last one is its root and only output."""
     return Match(
@@ -30,7 +29,6 @@ def site(
         nodes=tuple(nodes),
         outputs=(nodes[-1],),
         casts=frozenset(casts),
-        shared=frozenset(shared),
     )
 
 

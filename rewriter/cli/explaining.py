@@ -95,7 +95,8 @@ def explanation(
 
 
 def _missed(misses: Sequence[Miss]) -> str:
-    return "1 near miss" if len(misses) == 1 else f"{len(misses) or 'no'} near misses"
+    near = sum(miss.node is not None for miss in misses)  # the others say that there is nothing of the kind
+    return "1 near miss" if near == 1 else f"{near or 'no'} near misses"
 
 
 def _paths(paths: Sequence[str], lead: str) -> Flowing:
@@ -122,6 +123,5 @@ def _shown(alike: Sequence[Miss]) -> list[RenderableType]:
 
 def _data(miss: Miss) -> dict[str, Any]:
     return {
-        name: getattr(miss, name)
-        for name in ("rule", "site", "step", "reason", "expected", "found", "source", "depth")
+        name: getattr(miss, name) for name in ("rule", "site", "step", "reason", "expected", "found", "source", "depth")
     }

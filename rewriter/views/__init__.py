@@ -11,6 +11,8 @@ Each view finds its matches in a program and explains where it nearly matched:
     rms_norm, layer_norm    one operator or written out, as are
     softmax, log_softmax, cross_entropy, gelu
     glu         act(gate) · up of two linears, or of the halves of one
+    rotary      x · cos + rotate(x) · sin
+    router      the linear that chooses among the experts of a mixture
 """
 
 from __future__ import annotations
@@ -29,14 +31,17 @@ from rewriter.views.layer_norm import LAYER_NORM
 from rewriter.views.linear import LINEAR
 from rewriter.views.qkv import QKV
 from rewriter.views.rms_norm import RMS_NORM
+from rewriter.views.rotary import ROTARY
+from rewriter.views.router import ROUTER
 from rewriter.views.softmax import LOG_SOFTMAX, SOFTMAX
 
 __all__ = [
     "ATTENTION", "CROSS_ENTROPY", "EMBEDDING", "GELU", "GLU", "HEAD", "LAYER_NORM", "LINEAR", "LOG_SOFTMAX", "QKV",
-    "RMS_NORM", "SOFTMAX", "VIEWS", "View",
+    "RMS_NORM", "ROTARY", "ROUTER", "SOFTMAX", "VIEWS", "View",
 ]  # fmt: skip
 
 _ALL = (
     LINEAR, EMBEDDING, ATTENTION, QKV, HEAD, RMS_NORM, LAYER_NORM, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, GELU, GLU,
+    ROTARY, ROUTER,
 )  # fmt: skip
 VIEWS: Mapping[str, View] = MappingProxyType({view.name: view for view in _ALL})

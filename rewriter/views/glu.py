@@ -97,11 +97,11 @@ def _glu(
     if gate is None:
         return miss_at(facts, "glu", root, f"what {name} is taken of is not a linear, or half of one", len(nodes))
     if up is None:
-        reason = f"what {name} is multiplied by is not a linear, or half of one"
-        return miss_at(facts, "glu", root, reason, len(nodes) + 1)
-    reason = _mismatch(gate, up)
-    if reason is not None:
-        return miss_at(facts, "glu", root, reason, len(nodes) + 2)
+        alone = f"what {name} is multiplied by is not a linear, or half of one"
+        return miss_at(facts, "glu", root, alone, len(nodes) + 1)
+    mismatch = _mismatch(gate, up)
+    if mismatch is not None:
+        return miss_at(facts, "glu", root, mismatch, len(nodes) + 2)
     packed = gate[1] is not None
     captures: dict[str, Any] = {
         "x": gate[0]["x"],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from rewriter import legality
+from rewriter.errors import LegalityError
 
 from .legality_corpus import CASES, THEMES, Case, Refused, Rewritten
 from .legality_corpus.engine import Attempt, attempt
@@ -13,8 +14,12 @@ from .legality_corpus.engine import Attempt, attempt
 LEGALITY = {check.__name__.lstrip("_") for check in legality._CHECKS}
 REWRITTEN = {name: case for name, case in CASES.items() if isinstance(case.expect, Rewritten)}
 REFUSED = {name: case for name, case in CASES.items() if isinstance(case.expect, Refused)}
-# Matched and refused although nobody could tell on these very inputs: the reasons are about others.
-UNTOLD = {"undeclared promotion"}
+# Forced, nobody could tell on these very inputs; and a rule whose own guards see the same thing.
+UNTOLD = {"undeclared promotion", "projection weights written"}
+
+# Torch itself refuses to build the replacement, so there is nothing to force.
+UNBUILT = {"product of three dimensions"}
+BUILT = [n for n, c in REFUSED.items() if c.expect.kind == "replacement" and n not in UNBUILT]
 
 
 @pytest.mark.parametrize("name", REWRITTEN)
@@ -49,9 +54,10 @@ def test_what_legality_refuses_would_have_been_noticed(name: str, monkeypatch: p
     assert _goes_wrong(REFUSED[name]) is (name not in UNTOLD)
 
 
-@pytest.mark.parametrize("name", [n for n, c in REFUSED.items() if c.expect.kind == "replacement"])
+@pytest.mark.parametrize("name", BUILT)
 def test_what_is_refused_once_built_would_have_been_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rewriter.replacing.check", lambda *_: {})
+    monkeypatch.setattr("rewriter.propagation.EXPANDED_ADDENDS", {})
     assert _goes_wrong(REFUSED[name])
 
 
@@ -64,7 +70,7 @@ def test_the_corpus_is_large_and_has_both_kinds() -> None:
 def _goes_wrong(case: Case) -> bool:
     try:
         found = attempt(case)
-    except RuntimeError:  # it does not even run
+    except (RuntimeError, LegalityError):  # it does not even run
         return True
     return found.changed is not None
 

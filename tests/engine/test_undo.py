@@ -60,9 +60,10 @@ def test_undoing_one_site_leaves_the_others(kind: str) -> None:
 
 def test_by_pass_rule_and_original_path() -> None:
     opt = kinds.optimized("llama", "fuse")
-    assert rules(opt.undo("fuse.attention")) == ["fuse.qkv"] * 2
+    assert rules(opt).count("fuse.attention") == 2
+    assert rules(opt.undo("fuse.attention")) == [name for name in rules(opt) if name != "fuse.attention"]
     assert rules(opt.undo("fuse")) == []
-    assert len(opt.undo(f"{ATTENTION}.k_proj").plan.sites) == 3
+    assert len(opt.undo(f"{ATTENTION}.k_proj").plan.sites) == len(opt.plan.sites) - 1
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
@@ -73,7 +74,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 def test_what_others_build_on_needs_cascade() -> None:
     opt = kinds.optimized("llama", "all")
     with pytest.raises(
-        PlanError, match=r"shift_add\.linear at model\.layers\.0\.self_attn\.qkv_proj.*build on it.*cascade=True"
+        PlanError, match=r"shift_add\.linear at model\.layers\.0\.self_attn\.qkv_proj builds on it.*cascade=True"
     ):
         opt.undo("fuse.qkv")
     back = opt.undo("fuse.qkv", cascade=True)

@@ -150,6 +150,33 @@ def test_norm_misses_say_why() -> None:
     assert miss.reason == "another constant" and miss.found == "3"
 
 
+@given(st.data())
+def test_norms_do_not_depend_on_spelling(data: st.DataObject) -> None:
+    def either(a: Any, b: Any) -> Any:
+        return a if data.draw(st.booleans()) else b
+
+    def times(a: Any, b: Any) -> Any:
+        return either(a * b, b * a)
+
+    layer = data.draw(st.booleans())
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        value = x - x.mean(-1, True) if layer else x
+        square = data.draw(st.sampled_from([lambda v: v * v, lambda v: v**2, torch.square]))(value)
+        moment = square.mean(data.draw(st.sampled_from([-1, 2])), keepdim=True)
+        moment = either(moment + EPS, EPS + moment)
+        normed = data.draw(
+            st.sampled_from([lambda: value / moment.sqrt(), lambda: times(value, moment.rsqrt()), lambda: value * moment**-0.5])
+        )()
+        return times(normed, either(w, w.to(torch.float32)))
+
+    module = trace(function, X, w=W)
+    found, other = (LAYER_NORM, RMS_NORM) if layer else (RMS_NORM, LAYER_NORM)
+    (match,) = found.find(module)
+    assert match["x"].op == "placeholder" and match["weight"].target == "w" and match["eps"] == EPS
+    assert other.find(module) == []
+
+
 def test_a_weight_per_row_is_not_part_of_a_norm() -> None:
     _, match = only(RMS_NORM, lambda x, w: (x * torch.rsqrt(ms(x) + EPS)) * w, X, w=torch.rand(2, 3, 1))
     assert match["weight"] is None

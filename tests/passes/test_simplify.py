@@ -129,8 +129,8 @@ def test_a_call_that_changes_nothing_goes(function: Any) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda m, x: torch.relu(x)[:, 1:] + 1,
-        lambda m, x: torch.relu(x)[:, ::2] + 1,
+        lambda m, x: torch.relu(x)[1:] + 1,
+        lambda m, x: torch.relu(x)[::2] + 1,
         lambda m, x: torch.relu(x).to(torch.float64) + 1,
         lambda m, x: torch.relu(x).contiguous() + 1,
         lambda m, x: torch.relu(x) * 1.0000001 + 1,
@@ -388,8 +388,8 @@ def test_integers_are_not_scaled() -> None:
 )
 def test_a_shift_of_the_whole_row_drops(function: Any) -> None:
     outcome = Outcome(function, X).verified()
-    assert outcome.rules == ["shift"]
-    assert outcome.targets()[-2:-1] == [aten.matmul.default]
+    assert outcome.rules[:1] == ["shift"]
+    assert outcome.targets()[:-1] == [aten.matmul.default]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def row_that_sees_nothing_at_minus_infinity(q: Tensor, k: Tensor, v: Tensor) -> 
     return torch.softmax(scores(q, k) + mask, -1) @ v
 
 
-@case(ATTENTION, Refused("", ""), lambda: heads(torch.ones(5, 5, dtype=torch.bool).tril()))
+@case(ATTENTION, Refused("pattern", ""), lambda: heads(torch.ones(5, 5, dtype=torch.bool).tril()))
 def boolean_mask_that_is_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """True adds 1; the fused operator reads True as "keep"."""
     return torch.softmax(scores(q, k) + mask, -1) @ v

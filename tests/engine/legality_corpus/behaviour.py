@@ -16,16 +16,19 @@ SEED = 11
 
 @dataclass(frozen=True)
 class Behaviour:
-    """One run, as its caller sees it.
+    """Two calls in a row, as their caller sees them.
 
     Attributes:
-        outputs: tensors returned; inputs, state: arguments, and parameters and buffers by name, after the run.
-        shared: pairs of (output, output, argument, parameter or buffer) with one storage, and whether they lie alike in it.
-        grads: requires_grad of the outputs; gradients: of a fixed projection of them.
-        random: state of the global generator after the run.
+        outputs: tensors returned; again: by a second call with the same tensors.
+        inputs, state: arguments, and parameters and buffers by name, after both.
+        shared: pairs of (output, output, argument, parameter or buffer) with one storage, and whether they lie alike
+            in it, after the first call.
+        grads, gradients: requires_grad of the outputs, and gradients of a fixed projection of them, of the first call.
+        random: state of the global generator after the first call.
     """
 
     outputs: tuple[Tensor, ...]
+    again: tuple[Tensor, ...]
     inputs: tuple[Tensor, ...]
     state: Mapping[str, Tensor]
     shared: frozenset[tuple[str, str]]
@@ -35,23 +38,32 @@ class Behaviour:
 
 
 def observe(run: Callable[..., Any], inputs: Sequence[Tensor], state: Mapping[str, Tensor]) -> Behaviour:
-    """Run once from a fixed random state; the caller's generator is put back.
+    """Call twice from a fixed random state; the caller's generator is put back.
 
-    ``inputs`` and ``state`` are what ``run`` reads and may write: make fresh ones for each call.
+    ``inputs`` and ``state`` are what ``run`` reads and may write: make fresh ones for each observation.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(SEED)
-        outputs = tuple(leaf for leaf in pytree.tree_leaves(run(*inputs)) if isinstance(leaf, Tensor))
+        outputs = _leaves(run(*inputs))
         random = torch.get_rng_state()
+        first = {
+            "outputs": tuple(o.detach() for o in outputs),
+            "shared": _shared(outputs, inputs, state),
+            "grads": tuple(o.requires_grad for o in outputs),
+            "gradients": _gradients(outputs, inputs, state),
+            "random": random,
+        }
+        again = _leaves(run(*inputs))
     return Behaviour(
-        outputs=tuple(o.detach() for o in outputs),
+        again=tuple(o.detach() for o in again),
         inputs=tuple(t.detach() for t in inputs),
         state={name: t.detach() for name, t in state.items()},
-        shared=_shared(outputs, inputs, state),
-        grads=tuple(o.requires_grad for o in outputs),
-        gradients=_gradients(outputs, inputs, state),
-        random=random,
+        **first,
     )
+
+
+def _leaves(result: Any) -> tuple[Tensor, ...]:
+    return tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
 
 
 def difference(before: Behaviour, after: Behaviour) -> str | None:
@@ -64,8 +76,9 @@ def _differences(before: Behaviour, after: Behaviour) -> Iterator[str]:
         yield f"{len(after.outputs)} outputs instead of {len(before.outputs)}"
         return
     yield from _each("{}", _named("output", before.outputs), _named("output", after.outputs))
-    yield from _each("{} after the call", _named("input", before.inputs), _named("input", after.inputs))
-    yield from _each("{} after the call", before.state, after.state)
+    yield from _each("{} of the second call", _named("output", before.again), _named("output", after.again))
+    yield from _each("{} after the calls", _named("input", before.inputs), _named("input", after.inputs))
+    yield from _each("{} after the calls", before.state, after.state)
     if before.shared != after.shared:
         yield f"storage shared by {sorted(after.shared)} instead of {sorted(before.shared)}"
     if before.grads != after.grads:

@@ -259,7 +259,7 @@ class Projection_weight_written(Layer):
         return F.scaled_dot_product_attention(q, k, F.linear(x, self.v))
 
 
-@case(QKV, Refused("", "written"), matrices(1, (2, 5, 4)))
+@case(QKV, Refused("mutation", "written"), matrices(1, (2, 5, 4)))
 class Projection_weights_written(Layer):
     """All three are rescaled: nothing to merge."""
 

@@ -194,6 +194,18 @@ ADDMM = Rewrite(
 )
 
 
+@rewriter.rule(pattern("x y + z", x @ y + z), name="corpus_merge")
+def _merge(edit, x, y, z):
+    """x y + z = addmm(z, x, y)"""
+    return edit.call(aten.addmm.default, z, x, y)
+
+
+MERGE = Rewrite(
+    "x y + z = addmm(z, x, y)",
+    _merge,
+    (Traced(lambda x, y, z: x @ y + z, lambda x, y, z: torch.addmm(z, x, y), (_M, _SQUARE, torch.rand(4))),),
+)
+
 @rewriter.rule(pattern("baddbmm", baddbmm(z, x, y)), name="corpus_baddbmm")
 def _baddbmm(edit, x, y, z):
     """baddbmm(z, x, y) = x y + z"""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .case import Refused, Rewritten, case, matrices, numbers
-from .rules import ATTENTION, BIAS, FACTOR, NORMALISE, SILU, SUBTRACT
+from .rules import ATTENTION, BIAS, FACTOR, MERGE, NORMALISE, SILU, SUBTRACT
 
 grown = lambda *shapes: tuple(numbers(*s, seed=i).requires_grad_() for i, s in enumerate(shapes))  # noqa: E731
 
@@ -56,16 +56,28 @@ def bias_that_broadcasts_along_columns(x: Tensor, w: Tensor, b: Tensor) -> Tenso
     return F.linear(x, w) + b
 
 
-@case(BIAS, Refused("replacement", "linear"), lambda: grown((3, 4), (4, 4), (2, 3, 4)))
-def bias_that_adds_a_dimension(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+@case(MERGE, Rewritten(), lambda: grown((3, 4), (4, 5), (5,)))
+def product_of_matrices(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """x w + b, as addmm takes it."""
+    return x @ w + b
+
+
+@case(MERGE, Refused("replacement", "addmm"), lambda: grown((2, 3, 4), (4, 5), (5,)))
+def product_of_three_dimensions(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """addmm takes matrices only."""
+    return x @ w + b
+
+
+@case(MERGE, Refused("replacement", "addmm does not take"), lambda: grown((3, 4), (4, 5), (2, 3, 5)))
+def sum_that_adds_a_dimension(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """The sum has a dimension more than the product."""
-    return F.linear(x, w) + b
+    return x @ w + b
 
 
-@case(BIAS, Refused("replacement", "linear"), lambda: grown((4,), (1, 4), (5,)))
-def bias_that_makes_the_result_larger(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """One output feature, five biases: the operator's result would have another shape, or none."""
-    return F.linear(x, w) + b
+@case(MERGE, Refused("replacement", "addmm does not take"), lambda: grown((3, 4), (4, 1), (5,)))
+def sum_larger_than_the_product(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """One column, five summands."""
+    return x @ w + b
 
 
 @case(SILU, Rewritten(), matrices(1), dynamic=True)
