@@ -267,6 +267,28 @@ def markdown(results: Results) -> str:
     )
 
 
+def summary(results: Results) -> str:
+    """The figures of docs/matching.md."""
+    middle, largest = results.sizes[min(1, len(results.sizes) - 1)], results.sizes[-1]
+    hits = middle // workload.PER_HIT
+    lines = [f"{hits:,} sites and twice as many near misses in {middle:,} nodes ({results.machine}):", ""]
+    for side in MATCHERS:
+        taken = [results.seconds(task, middle, side) for task in ("match", "dead rules", "rewrite")]
+        match, dead, rewrite = ("stopped" if seconds is None else duration(seconds) for seconds in taken)
+        each = "" if taken[0] is None else f" ({1e6 * taken[0] / hits:.3g} µs a site)"
+        lines.append(
+            f"- {side}: matches in {match}{each}, with {DEAD} more rules that match nothing in {dead}; "
+            f"matches, rewrites and recompiles in {rewrite}"
+        )
+    grown = [over(results.seconds(task, largest), results.seconds(task, middle)) for task in ("match", "rewrite")]
+    if None not in grown:
+        lines += [
+            "",
+            f"From {middle:,} to {largest:,} nodes our matching takes {grown[0]:.3g} times as long, rewriting {grown[1]:.3g} times.",
+        ]
+    return "\n".join(lines)
+
+
 def insert(page: Path, name: str, text: str) -> None:
     """Put ``text`` between the page's markers ``<!-- name -->`` and ``<!-- /name -->``. Raises ValueError without them."""
     before, start, rest = page.read_text().partition(f"<!-- {name} -->\n")
@@ -295,19 +317,27 @@ def main() -> None:
     parser.add_argument(
         "--docs", action=argparse.BooleanOptionalAction, default=True, help="write the figures into docs/"
     )
+    parser.add_argument("--read", action="store_true", help="measure nothing; show and write what --out holds")
     given = parser.parse_args()
     console = Console(width=150)
-    workers = {side: Worker(side) for side in given.sides}
+    results = read(given.out) if given.read else measured(given.sides, given.sizes, given.runs, console)
+    show(results, console)
+    if not given.read:
+        write(results, given.out)
+    if given.docs:
+        insert(ROOT / "docs" / "benchmarks.md", "engine", markdown(results))
+        insert(ROOT / "docs" / "matching.md", "figures", summary(results))
+
+
+def measured(sides: Sequence[str], sizes: Sequence[int], runs: int, console: Console) -> Results:
+    """Check every side, then measure all of them."""
+    workers = {side: Worker(side) for side in sides}
     try:
         check(workers)
-        results = Results(machine(), tuple(given.sizes), tuple(measure(workers, given.sizes, given.runs, console)))
+        return Results(machine(), tuple(sizes), tuple(measure(workers, sizes, runs, console)))
     finally:
         for worker in workers.values():
             worker.close()
-    write(results, given.out)
-    show(results, console)
-    if given.docs:
-        insert(ROOT / "docs" / "benchmarks.md", "engine", markdown(results))
 
 
 if __name__ == "__main__":

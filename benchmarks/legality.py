@@ -44,7 +44,10 @@ class Verdict:
 
 
 def ours(case: Case) -> Verdict:
-    result = attempt(case)
+    try:
+        result = attempt(case)
+    except Exception as error:
+        return Verdict(CRASH, _line(error))
     if result.changed is not None:
         return Verdict(WRONG, result.changed)
     wanted = case.expect.sites if not isinstance(case.expect, Refused) else int(case.expect.possible)

@@ -59,7 +59,7 @@ class Witness:
             return False
         if new not in added or old.target is not new.target:
             return True
-        return spelled(old, set(self.nodes)) != spelled(new, set(added))
+        return not _alike(old, new, (set(self.nodes), set(added)))
 
 
 class Tally:
@@ -77,29 +77,26 @@ class Tally:
         return None
 
 
-def spelled(node: Node, inside: Collection[Node]) -> Any:
-    """The computation of a value from nodes outside a group, as nested tuples: equal for equal computations."""
-    if node not in inside:
-        return node
-    return (node.target, _spelled(node.args, inside), tuple((k, _spelled(v, inside)) for k, v in node.kwargs.items()))
-
-
 def formula(node: Node, inside: Collection[Node]) -> str:
-    """The same for reading: ``add(mul(x, sigmoid(x)), y)``."""
+    """A value computed from nodes outside a group, for reading: ``add(mul(x, sigmoid(x)), y)``."""
     if node not in inside or node.op != "call_function":
         return str(node.target) if node.op == "get_attr" else node.name
     given = (*(_written(a, inside) for a in node.args), *(f"{k}={_written(v, inside)}" for k, v in node.kwargs.items()))
     return f"{operator_name(node.target).partition('.')[0]}({', '.join(given)})"
 
 
-def _spelled(value: Any, inside: Collection[Node]) -> Any:
-    if isinstance(value, Node):
-        return spelled(value, inside)
-    if isinstance(value, (tuple, list)):
-        return tuple(_spelled(item, inside) for item in value)
-    if isinstance(value, slice):
-        return slice, _spelled((value.start, value.stop, value.step), inside)
-    return type(value), value
+def _alike(old: Any, new: Any, inside: tuple[Collection[Node], Collection[Node]]) -> bool:
+    """Whether two values are the same computation of nodes outside both groups."""
+    if isinstance(old, Node) and isinstance(new, Node):
+        if old is new:
+            return True
+        same = old in inside[0] and new in inside[1] and old.target is new.target
+        return same and _alike(old.args, new.args, inside) and _alike(old.kwargs, new.kwargs, inside)
+    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
+        return len(old) == len(new) and all(_alike(a, b, inside) for a, b in zip(old, new, strict=True))
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_alike(value, new[key], inside) for key, value in old.items())
+    return type(old) is type(new) and bool(old == new)
 
 
 def _written(value: Any, inside: Collection[Node]) -> str:

@@ -139,8 +139,9 @@ class Facts:
         while pending:
             value = pending.pop()
             if self._roots.pop(value, None) is not None or value is node:
-                pending.extend(value.users)
-        if self._writers is not None and (node in self._writers or _concerns_storage(node)):
+                pending.extend(user for user in value.users if user in self._roots and value in self.aliased(user))
+        known = self._writers
+        if known is not None and (node in known or (_concerns_storage(node) if known else self.written(node))):
             self._writers = None
 
     # -- operators
@@ -309,6 +310,12 @@ class Facts:
             return ()
         arguments = self.arguments(node)
         return tuple(n for name in written(node.target, arguments) for n in nodes_in(arguments.get(name)))
+
+    def any_writers(self) -> bool:
+        """Whether any node writes in place: most graphs have none, and then nothing needs to be asked."""
+        if self._writers is None:
+            self._writers = self._collect_writers()
+        return bool(self._writers)
 
     def writers(self, value: Node) -> list[Node]:
         """Every node that writes to the storage of `value`, in graph order."""

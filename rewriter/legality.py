@@ -88,6 +88,8 @@ def _region(facts: Facts, match: Match) -> Iterator[Finding]:
 
 
 def _mutation(facts: Facts, match: Match) -> Iterator[Finding]:
+    if not facts.any_writers():
+        return
     last = match.nodes[-1]
     for node in match.nodes:
         if facts.written(node):

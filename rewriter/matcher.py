@@ -194,7 +194,7 @@ def _miss(facts: Facts, pattern: Pattern, anchor: Node, failure: Failure) -> Mis
         reason=failure.reason,
         expected=" or ".join(dict.fromkeys(filter(None, failure.expected))),
         found=failure.found,
-        source=facts.source(node) or facts.source(anchor),
+        source=next(filter(None, map(facts.source, filter(None, (node, failure.reader, anchor)))), ""),
         depth=failure.depth,
         node=node,
     )

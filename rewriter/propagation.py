@@ -9,6 +9,7 @@ their base) and sizes that are only known when the program runs (each is a symbo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,6 +80,7 @@ def _check_addend(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         )
 
 
+@functools.cache
 def _is_repeatable(target: Any) -> bool:
     if not isinstance(target, OpOverload) or viewed(target):
         return False
@@ -89,10 +91,13 @@ def _described(value: Any) -> Any:
     if isinstance(value, Node):
         return _described(value.meta["val"])
     if isinstance(value, Tensor):
-        sizes, strides = _described(value.shape), _described(value.stride())
-        return (type(value), value.dtype, value.device, value.layout, value.requires_grad, sizes, strides)
+        return (value.dtype, value.device, value.layout, value.requires_grad, _sizes(value.shape), _sizes(value.stride()))
     if isinstance(value, (tuple, list)):
         return tuple([_described(item) for item in value])
     if isinstance(value, _SYMBOLS):
         return type(value), value.node.expr
     return type(value), value  # 1, 1.0 and True are three constants
+
+
+def _sizes(sizes: Any) -> tuple[Any, ...]:
+    return tuple([size if type(size) is int else size.node.expr for size in sizes])

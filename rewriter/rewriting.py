@@ -21,7 +21,7 @@ from rewriter.editing import Edit, Editor, adopt
 from rewriter.errors import LegalityError, PlanError
 from rewriter.fixpoint import ROUNDS, to_fixpoint
 from rewriter.matcher import Miss
-from rewriter.modes import neutral
+from rewriter.modes import collecting_later, neutral
 from rewriter.narrow import all_finite
 from rewriter.program import Program
 from rewriter.rules import Address, Pass, Rule, Site, full_names, locate
@@ -31,6 +31,7 @@ Prepared = tuple[Site, Mapping[str, Any], Mapping[str, Tensor]]  # site, choices
 
 @store.outside_inference_mode
 @neutral()
+@collecting_later()
 def rewrite(program: Program, rules: Sequence[Rule | Pass], *, seed: int = 0, rounds: int = ROUNDS) -> tuple[Edit, ...]:
     """Rewrite ``program`` and its store in place until none of ``rules`` applies; returns the journal.
 
@@ -53,8 +54,7 @@ def rewrite(program: Program, rules: Sequence[Rule | Pass], *, seed: int = 0, ro
     def stage(index: int) -> list[Edit]:
         rule = flat[index]
         prepared = [_prepared(program, site, seed) for site in session.sites(rule) if unfit(program, site) is None]
-        edits = [edit for edit in session.carry_out(rule, prepared) if edit is not None]
-        return edits
+        return [edit for edit in session.carry_out(rule, prepared) if edit is not None]
 
     to_fixpoint(session.editor, flat, stage, rounds)
     program.graph.lint()  # type: ignore[no-untyped-call]

@@ -46,6 +46,7 @@ class Failure:
         precise: the operator fitted too, and something about the call did not.
         node, step: the place in the graph and in the pattern.
         reason, expected, found: what is wrong; what would have done, and what is there.
+        reader: the node that reads the value at fault; has a source line where inputs and parameters have none.
         captured: number of captures until then: of two places equally deep, the search got past the one with fewer.
     """
 
@@ -56,6 +57,7 @@ class Failure:
     reason: str
     expected: tuple[str, ...]
     found: str
+    reader: Node | None = None
     captured: int = 0
 
     @property
@@ -405,15 +407,23 @@ class Solver:
         """Record why a goal failed; `call` is the node whose operator fitted though its arguments do not."""
         if self.trace is not None:
             node = call or (goal.value if isinstance(goal.value, Node) else goal.consumer)
-            self._report(node, goal.step, reason, expected, describe(goal.value), precise=call is not None)
+            found = describe(goal.value)
+            self._report(node, goal.step, reason, expected, found, precise=call is not None, reader=goal.consumer)
         return False
 
     def _report(
-        self, node: Node | None, step: str, reason: str, expected: str, found: str, precise: bool = False
+        self,
+        node: Node | None,
+        step: str,
+        reason: str,
+        expected: str,
+        found: str,
+        precise: bool = False,
+        reader: Node | None = None,
     ) -> None:
         if self.trace is not None:
-            captured = len(self.captures)
-            self.trace.record(Failure(len(self.nodes), precise, node, step, reason, (expected,), found, captured))
+            depth, captured = len(self.nodes), len(self.captures)
+            self.trace.record(Failure(depth, precise, node, step, reason, (expected,), found, reader, captured))
 
 
 def _constant_name(expression: Expression) -> str:

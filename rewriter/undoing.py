@@ -75,16 +75,22 @@ def _dependants(opt: Optimized, results: Mapping[str, SiteResult], chosen: Colle
     for i, result in enumerate(of):
         if made & set(result.replaced) or gone & set(result.based_on):
             found[i] = "builds on it"
-        elif any(made_before(of[:k], of[k]) & set(result.created) for k in chosen if i < k):
+        elif any(_made_before(of[:k], of[k]) & set(result.created) for k in chosen if i < k):
             found[i] = "made the tensors it replaced, whose values were not kept"
     kept = tuple(site for i, site in enumerate(sites) if i not in chosen and i not in found)
-    without = missing(opt.original.fork(compile=False), dataclasses.replace(opt.plan, sites=kept))
-    lost = {str(site.address) for site in without}
+    lost = _missing(opt, kept)
+    if lost:  # not those that this program never had: attention that drops out in training mode
+        lost -= _missing(opt, sites)
     found |= {i: "is found only after it" for i, site in enumerate(sites) if str(site.address) in lost}
     return {i: why for i, why in found.items() if i not in chosen}
 
 
-def made_before(earlier: Sequence[SiteResult], result: SiteResult) -> set[str]:
+def _missing(opt: Optimized, sites: tuple[PlannedSite, ...]) -> set[str]:
+    found = missing(opt.original.fork(compile=False), dataclasses.replace(opt.plan, sites=sites))
+    return {str(site.address) for site in found}
+
+
+def _made_before(earlier: Sequence[SiteResult], result: SiteResult) -> set[str]:
     """Tensors a site replaced that an earlier one had replaced under the same name: values in between are not kept."""
     return {name for name in result.replaced if any(name in r.replaced and name in r.created for r in earlier)}
 

@@ -156,12 +156,14 @@ def unfit(program: Program, names: Sequence[str], new: Sequence[str]) -> str | N
     """Why tensors cannot be merged into one: of several dtypes, some frozen, shared, or names that are taken."""
     if len(set(names)) < len(names):
         return "two of the tensors are one"
-    tensors = [program.tensor(name) for name in names]
+    # What the graph says of them, not the tensors: when a plan is replayed, those it replaces are gone already.
+    nodes = program.parameter_nodes()
+    tensors = [nodes[name].meta["val"] for name in names]
     if len({t.requires_grad for t in tensors if isinstance(t, nn.Parameter)}) > 1:
         return "some of the tensors are frozen and some are trained"
     if not all(t.is_floating_point() for t in tensors):
         return "a tensor is not floating"
-    taken = [name for name in new if name in program.parameter_nodes()]
+    taken = [name for name in new if name in nodes]
     return f"the model already has a parameter {taken[0]}" if taken else None
 
 

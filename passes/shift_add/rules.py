@@ -18,7 +18,7 @@ from rewriter.matcher import Match, Miss
 from rewriter.passes.shift_add import bcq, measures, modules, pot
 from rewriter.program import Program
 from rewriter.rules import CALIBRATED, Contract, Rule, Site, module_path
-from rewriter.views import EMBEDDING, LINEAR, View
+from rewriter.views import EMBEDDING, LINEAR, View, router
 
 if TYPE_CHECKING:
     from rewriter.passes.shift_add import ShiftAdd
@@ -40,6 +40,8 @@ class _ShiftAddRule(Rule):
         return self.view.find(program), [m for m in self.view.explain(program) if m.node is not None]
 
     def refusal(self, program: Program, match: Match) -> str | None:
+        if router.is_router(program.facts, match):
+            return router.MISS
         reason = legality.refusal(program.facts, match)
         return None if reason is None else str(reason)
 

@@ -135,6 +135,8 @@ class CollapseTransposes(Collapse):
         moved = [i for i, d in enumerate(order) if i != d]
         if len(moved) == 2:
             return aten.transpose.int, moved[0], moved[1]
+        if _swaps_last(facts, nodes[0]):
+            return None  # how products read their second operand; one permutation instead would hide it from them
         return aten.permute.default, order
 
 
@@ -249,6 +251,12 @@ def _order(facts: Facts, node: Node) -> list[int]:
     else:  # t and numpy_T
         order.reverse()
     return order
+
+
+def _swaps_last(facts: Facts, node: Node) -> bool:
+    """Whether a node is written as a transpose of its last two dimensions."""
+    order = _order(facts, node)
+    return node.target is not aten.permute.default and order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
 
 
 def _only_views(facts: Facts, x: Node, nodes: Sequence[Node]) -> bool:

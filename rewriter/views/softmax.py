@@ -38,10 +38,10 @@ _THROUGH = (NOOP_CAST, ALIAS)
 
 
 def _reduced_dim(captures: Mapping[str, Any]) -> int | None:
-    """The one dimension that is summed over; None where there are several."""
+    """The one dimension that is summed over; None where there are several, or all of them."""
     dim = captures["dim"]
     dims = list(dim) if isinstance(dim, (list, tuple)) else [dim]
-    return int(dims[0]) if len(dims) == 1 else None
+    return dims[0] if len(dims) == 1 and isinstance(dims[0], int) else None
 
 
 def _one_dim(facts: Facts, captures: Mapping[str, Any]) -> bool:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -150,13 +151,14 @@ def test_norm_misses_say_why() -> None:
     assert miss.reason == "another constant" and miss.found == "3"
 
 
+@settings(max_examples=30)
 @given(st.data())
 def test_norms_do_not_depend_on_spelling(data: st.DataObject) -> None:
-    def either(a: Any, b: Any) -> Any:
-        return a if data.draw(st.booleans()) else b
+    def either(a: Any, b: Any) -> tuple[Any, Any]:
+        return (a, b) if data.draw(st.booleans()) else (b, a)
 
     def times(a: Any, b: Any) -> Any:
-        return either(a * b, b * a)
+        return torch.mul(*either(a, b))
 
     layer = data.draw(st.booleans())
 
@@ -164,11 +166,11 @@ def test_norms_do_not_depend_on_spelling(data: st.DataObject) -> None:
         value = x - x.mean(-1, True) if layer else x
         square = data.draw(st.sampled_from([lambda v: v * v, lambda v: v**2, torch.square]))(value)
         moment = square.mean(data.draw(st.sampled_from([-1, 2])), keepdim=True)
-        moment = either(moment + EPS, EPS + moment)
+        moment = operator.add(*either(moment, EPS))
         normed = data.draw(
             st.sampled_from([lambda: value / moment.sqrt(), lambda: times(value, moment.rsqrt()), lambda: value * moment**-0.5])
         )()
-        return times(normed, either(w, w.to(torch.float32)))
+        return times(normed, w if data.draw(st.booleans()) else w.to(torch.float32))
 
     module = trace(function, X, w=W)
     found, other = (LAYER_NORM, RMS_NORM) if layer else (RMS_NORM, LAYER_NORM)
@@ -243,6 +245,7 @@ def test_gelu_misses_say_why() -> None:
     assert miss.reason == "s is not 1.414213562" and miss.step.endswith("erf.x > div.y") and miss.found == "1.5"
 
 
+@settings(max_examples=30)
 @given(st.data())
 def test_gelu_does_not_depend_on_operand_order(data: st.DataObject) -> None:
     def mul(a: Any, b: Any) -> Any:
@@ -307,12 +310,20 @@ def test_a_shifted_input_that_is_needed_elsewhere_stays() -> None:
         lambda x: (e := torch.exp(shifted(x, 1))) / e.sum((-1, 1), keepdim=True),
         lambda x: (e := x.exp()) / e.sum((1, 2), keepdim=True),
         lambda x: (e := x.exp()) / (e.sum(-1, keepdim=True) + 1e-9),
+        lambda x: (e := x.exp()) / torch.ops.aten.sum.dim_IntList(e, None, True),
         lambda x: (e := x.exp()) / e.sum(-1).unsqueeze(1),
         lambda x: x.exp() / x.sin().exp().sum(-1, keepdim=True),
     ],
 )
 def test_what_is_no_softmax(function: Function) -> None:
     assert SOFTMAX.find(trace(function, torch.rand(2, 6, 6))) == []
+
+
+def test_softmax_misses_say_why() -> None:
+    miss = SOFTMAX.explain(trace(lambda x: (e := x.exp()) / (e.sum(-1, keepdim=True) + 1e-9), X))[0]
+    assert miss.reason == "a different operator" and "sum" in miss.expected and "add.Tensor" in miss.found
+    miss = LOG_SOFTMAX.explain(trace(lambda x: x.sin() - x.logsumexp(-1, keepdim=True), X))[0]
+    assert miss.reason == "'x' stands for two different values"
 
 
 LOG_SOFTMAXES: dict[str, tuple[Function, bool]] = {

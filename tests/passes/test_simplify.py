@@ -500,13 +500,14 @@ _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": lambda x: x[:, :],
     "softmax": lambda x: torch.softmax(x + 2, -1),
     "twice": lambda x: torch.tanh(x) + torch.tanh(x),
-    "matmul": lambda x: (x * 0.7) @ (x * 0.3).mT @ x,
+    # Bounded, so that three of them in a row do not turn rounding into chaos.
+    "matmul": lambda x: torch.tanh((x * 0.7) @ (x * 0.3).mT) @ torch.tanh(x) / 6,
     "write": lambda x: (x * 1).mul_(1.25),
     "copy": lambda x: x.contiguous(),
 }
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(sorted(_STEPS)), min_size=1, max_size=7))
 def test_any_mixture_computes_the_same_and_nothing_is_left_to_do(names: list[str]) -> None:
     def function(m: Any, x: Tensor) -> Tensor:

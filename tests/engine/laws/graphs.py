@@ -73,8 +73,10 @@ class Builder:
     graph: fx.Graph = field(default_factory=fx.Graph)
     root: nn.Module = field(default_factory=nn.Module)
     values: list[Node] = field(default_factory=list)
+    given: dict[str, Tensor] = field(default_factory=dict)  # the inputs; those in `values` may be written to
 
     def placeholder(self, name: str, value: Tensor) -> Node:
+        self.given[name] = value.clone()
         return self._typed(self.graph.placeholder(name), value)
 
     def parameter(self, name: str, value: Tensor) -> Node:
@@ -197,6 +199,9 @@ def _list(made: Builder, chance: Chance, x: Node, y: Node) -> None:
 
 
 def _in_place(made: Builder, chance: Chance, x: Node, y: Node) -> None:
+    storage = x.meta["val"].untyped_storage().data_ptr()
+    if any(storage == parameter.meta["val"].untyped_storage().data_ptr() for parameter in made.values[:3]):
+        raise IllTypedError("autograd refuses to write to a parameter")
     if chance.upto(1):
         made.call(aten.relu_.default, x)
     else:
@@ -234,7 +239,7 @@ _NOISE: tuple[Callable[[Builder, Chance, Node, Node], None], ...] = (
 
 def reordered(builder: Builder, chance: Chance) -> Builder:
     """The same graph, its nodes in another order in which every node follows what it reads."""
-    made = Builder(root=builder.root)
+    made = Builder(root=builder.root, given=builder.given)
     *waiting, output = builder.graph.nodes
     copies: dict[Node, Node] = {}
     while waiting:
@@ -249,7 +254,7 @@ def reordered(builder: Builder, chance: Chance) -> Builder:
 
 def commuted(builder: Builder, chance: Chance) -> Builder:
     """The same graph with operands of some sums and products exchanged."""
-    made = Builder(root=builder.root)
+    made = Builder(root=builder.root, given=builder.given)
     copies: dict[Node, Node] = {}
     for node in builder.graph.nodes:
         copy = copies[node] = made.graph.node_copy(node, lambda operand: copies[operand])

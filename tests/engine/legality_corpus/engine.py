@@ -47,6 +47,10 @@ def captured(case: Case) -> Program:
     return rewriter.capture(case.build(), case.inputs(), dynamic_shapes="auto" if case.dynamic else "static")
 
 
+def rewritten(program: Program, case: Case) -> Program:
+    return rewriter.apply(program, rewriter.plan(program, [case.rewrite.ours]))
+
+
 def by_model(case: Case) -> Behaviour:
     """The model itself."""
     model = case.build()
