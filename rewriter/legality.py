@@ -10,6 +10,8 @@ nothing but the outputs. It is sound if nobody can tell the difference:
     dtypes change only where the pattern says so (dtype), devices never (device)
     an output shares storage as it did before    (alias)
     all nodes lie in one graph under one mode    (region)
+
+What a rule then builds is compared with what it replaces in :mod:`rewriter.replacing`.
 """
 
 from __future__ import annotations

@@ -165,10 +165,23 @@ def _promote_node(graph: Graph, node: Node) -> None:
         _promote_bit_cast(graph, node)
     elif node.target is aten.scaled_dot_product_attention.default and "val" in node.meta:
         _define_attention(graph, node)
+    elif node.target is aten._grouped_mm.default and len(node.args[0].meta["val"].shape) == 2:
+        _define_grouped_product(graph, node)
+    elif node.target is aten.rms_norm.default and "val" in node.meta:
+        _write_epsilon(node)
     elif _turns_integers_into_floats(node):
         _promote_default_dtype(graph, node)
     else:
         _map_literals(node)
+
+
+def _write_epsilon(node: Node) -> None:
+    """rms_norm without an eps takes that of the dtype it computes in, float32 for 16-bit inputs."""
+    named = dict(zip(_argument_names(node), node.args, strict=False)) | dict(node.kwargs)
+    if named.get("eps") is None:
+        dtype = node.meta["val"].dtype
+        eps = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps
+        node.args, node.kwargs = (named["input"], named["normalized_shape"], named.get("weight"), eps), {}
 
 
 def _map_literals(node: Node) -> None:
@@ -250,6 +263,22 @@ def _define_attention(graph: Graph, node: Node) -> None:
     output.meta = dict(node.meta)
     del node.meta["val"]
     node.replace_all_uses_with(output, delete_user_cb=lambda user: user is not output)
+
+
+def _define_grouped_product(graph: Graph, node: Node) -> None:
+    """yᵢ = aᵢ b[g(i)] with g(i) the first group that ends behind row i; the kernel has no float64."""
+    named = dict(zip(_argument_names(node), node.args, strict=False)) | dict(node.kwargs)
+    rows, weights, ends = (named[name] for name in ("self", "mat2", "offs"))
+    call = graph.call_function
+    with graph.inserting_before(node):
+        positions = call(aten.cumsum.default, (call(aten.ones_like.default, (call(aten.select.int, (rows, 1, 0)),)), 0))
+        group = call(aten.bucketize.Tensor, (positions, call(aten.to.dtype, (ends, torch.float64))))
+        each = call(aten.index_select.default, (weights, 0, group))
+        product = call(aten.bmm.default, (call(aten.unsqueeze.default, (rows, 1)), each))
+        result = call(aten.squeeze.dim, (product, 1))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
 
 
 def _promote_bit_cast(graph: Graph, node: Node) -> None:

@@ -277,3 +277,26 @@ def test_metadata_says_what_is_computed(steps: list[str]) -> None:
             return value
 
     Check(promoted).run(torch.randn(2, 3, dtype=torch.float64))
+
+
+def test_grouped_products_are_promoted_to_their_definition() -> None:
+    """The kernel of mixtures of experts takes 16-bit values only."""
+    rows, weights = torch.rand(7, 16, dtype=torch.bfloat16), torch.rand(3, 16, 8, dtype=torch.bfloat16)
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)  # the second group is empty
+    module = trace(lambda a, b: aten._grouped_mm(a, b, ends), rows, weights)
+    (golden,) = promote(module)(rows.double(), weights.double())
+    expected = torch.cat((rows[:2].double() @ weights[0].double(), rows[2:].double() @ weights[2].double()))
+    assert golden.dtype is torch.float64 and relative(golden, expected) < 1e-15
+    (own,) = module(rows, weights)
+    assert relative(own.double(), golden) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_implicit_epsilon_stays_that_of_its_dtype(dtype: torch.dtype) -> None:
+    x = (torch.rand(2, 8) * 1e-4).to(dtype)  # small enough for the epsilon to matter
+    module = trace(lambda a: torch.rms_norm(a, (8,)), x)
+    (golden,) = promote(module)(x.double())
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
+    assert relative(golden, exact) < 1e-14
+    (own,) = module(x)
+    assert relative(own.double(), golden) < 1e-2
