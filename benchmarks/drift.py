@@ -81,7 +81,7 @@ def count() -> Iterator[tuple[str, Entry]]:
 
 
 def _entry(architecture: Any) -> Entry:
-    from zoo.measuring import differences, found, misses
+    from zoo.measuring import differences, found, misses, places
 
     import rewriter
 
@@ -97,8 +97,9 @@ def _entry(architecture: Any) -> Entry:
         here = found(program)
         counts[implementation] = asdict(here)
         for column, (have, want) in differences(here, implied).items():
-            nearest = next(iter(misses(program, column, 1)), "no place looks like one")
-            reasons.append(f"{implementation}: {column} {have}/{want}: {' '.join(nearest.split())}")
+            why = places(program, column) if have > want else misses(program, column, 1)
+            said = " ".join("; ".join(why).split()) or "no place looks like one"
+            reasons.append(f"{implementation}: {column} {have}/{want}: {said}")
     return Entry(asdict(implied), counts, tuple(reasons))
 
 
@@ -132,7 +133,8 @@ def examine(release: str) -> dict[str, Entry]:
     """Count in a new process whose transformers is `release`."""
     with tempfile.TemporaryDirectory(prefix="rewriter-drift-") as folder:
         install(release, Path(folder))
-        environment = os.environ | {"PYTHONPATH": folder, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(Path(__file__).resolve()), "--count"]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

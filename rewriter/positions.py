@@ -51,7 +51,8 @@ _ON_POSITIONS = frozenset(
 )
 
 
-_TINY = 1 / 16
+_KEEPING = frozenset("lift_fresh lift_fresh_copy detach alias clone to _to_copy contiguous view reshape unsqueeze".split())
+_TINY = 1 / 16  # factors below this could turn a large length into a small number
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,14 @@ class Positions:
                 found |= {int(v) for v in _scalars((node.args, node.kwargs))}
         for entry in self.region.entries:
             tensor = self.facts.tensor(entry)
-            if tensor is not None and tensor.numel() == 1:
-                found |= set(_scalars(tensor.tolist()))
+            if tensor is not None and tensor.numel() == 1 and self._is_length(entry):
+                found |= set(_scalars(tensor.flatten().tolist()))
         return tuple(sorted(found))
+
+    def _is_length(self, scalar: Node) -> bool:
+        """Whether a constant number meets positions; else it is what hidden scores get, say."""
+        names = [(user, base_name(user.target)) for user in self.facts.users(scalar) if user in self.region.nodes]
+        return any(name in _ON_POSITIONS or (name in _KEEPING and self._is_length(user)) for user, name in names)
 
     @cached_property
     def extent(self) -> int:
@@ -133,7 +139,7 @@ class Positions:
         values: dict[Node, Any] = dict(inputs)
         for entry in self.region.entries:
             if entry.op == "get_attr":
-                values[entry] = _moved_tensor(self.facts.tensor(entry), moved)
+                values[entry] = _moved_tensor(self.facts.tensor(entry), moved if self._is_length(entry) else {})
         lookup = _Lookup(self.facts, values, sizes)
         for node in self.region.nodes:
             args, kwargs = map_arg((node.args, node.kwargs), lookup)
@@ -184,7 +190,7 @@ class _Lookup:
 
 
 def _tiny_factor(node: Node) -> float | None:
-    """A literal factor that could turn a large length into a small number."""
+    """A literal factor of that kind."""
     numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float))]
     return next((n for n in numbers if 0 < abs(n) < _TINY), None)
 

@@ -165,7 +165,7 @@ def _promote_node(graph: Graph, node: Node) -> None:
         _promote_bit_cast(graph, node)
     elif node.target is aten.scaled_dot_product_attention.default and "val" in node.meta:
         _define_attention(graph, node)
-    elif node.target is aten._grouped_mm.default and len(node.args[0].meta["val"].shape) == 2:
+    elif node.target is aten._grouped_mm.default and _arguments(node)["self"].meta["val"].dim() == 2:
         _define_grouped_product(graph, node)
     elif node.target is aten.rms_norm.default and "val" in node.meta:
         _write_epsilon(node)
@@ -177,7 +177,7 @@ def _promote_node(graph: Graph, node: Node) -> None:
 
 def _write_epsilon(node: Node) -> None:
     """rms_norm without an eps takes that of the dtype it computes in, float32 for 16-bit inputs."""
-    named = dict(zip(_argument_names(node), node.args, strict=False)) | dict(node.kwargs)
+    named = _arguments(node)
     if named.get("eps") is None:
         dtype = node.meta["val"].dtype
         eps = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps
@@ -248,9 +248,14 @@ def _argument_names(node: Node) -> list[str]:
     return [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
 
 
+def _arguments(node: Node) -> dict[str, Any]:
+    """The arguments that are given, by schema name."""
+    return dict(zip(_argument_names(node), node.args, strict=False)) | dict(node.kwargs)
+
+
 def _define_attention(graph: Graph, node: Node) -> None:
     """The operator's aten definition, with the same arguments, in place of a fused kernel."""
-    named = dict(zip(_argument_names(node), node.args, strict=False)) | dict(node.kwargs)
+    named = _arguments(node)
     mask = named.get("attn_mask")
     if isinstance(mask, Node) and _has_dtype(mask, torch.bool):
         # The definition only adds its mask: 0 where a key is seen, -inf elsewhere.
@@ -267,7 +272,7 @@ def _define_attention(graph: Graph, node: Node) -> None:
 
 def _define_grouped_product(graph: Graph, node: Node) -> None:
     """yᵢ = aᵢ b[g(i)] with g(i) the first group that ends behind row i; the kernel has no float64."""
-    named = dict(zip(_argument_names(node), node.args, strict=False)) | dict(node.kwargs)
+    named = _arguments(node)
     rows, weights, ends = (named[name] for name in ("self", "mat2", "offs"))
     call = graph.call_function
     with graph.inserting_before(node):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
@@ -44,16 +44,23 @@ def inside_bodies(name: str, program: Program, find: Callable[[Program], Iterabl
     return [_miss(name, run, inner, match) for run, inner in bodies(program) for match in find(inner)]
 
 
+def called(run: Node) -> str:
+    """Name of the operator that runs a body: ``cond``."""
+    target: Any = run.target
+    return str(target.name() if isinstance(target, HigherOrderOperator) else target)
+
+
 def _miss(name: str, run: Node, inner: Program, match: Match) -> Miss:
-    operator = run.target.name() if isinstance(run.target, HigherOrderOperator) else str(run.target)  # type: ignore[no-untyped-call]
     where = path_of(run) or "the top level"
+    sources = (inner.facts.source(match.root), inner.facts.source(run))
+    written = (text for text in sources if text and not text.startswith("<"))  # "<eval_with_key>": traced twice
     return Miss(
         rule=name,
         site=match.path or path_of(run),
         step="region",
-        reason=f"it lies inside a body of {operator} at {where}; rules rewrite the main graph only",
+        reason=f"it lies inside a body of {called(run)} at {where}; rules rewrite the main graph only",
         found=match.root.name,
-        source=inner.facts.source(match.root) or inner.facts.source(run),
+        source=next(written, ""),
         depth=len(match.nodes),
         node=run,
     )

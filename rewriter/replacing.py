@@ -76,8 +76,14 @@ def _shared(facts: Facts, old: Node, new: Node, added: Collection[Node]) -> Iter
             yield f"{describe(root)}, and it is written by {describe(writers[0])}"
         elif later:
             yield f"{describe(root)}, which {describe(later[0])} writes later"
-        elif any(own & facts.alias_roots(value) for value in facts.graph.output_node().all_input_nodes):
+        elif _both_held(facts, own, root):
             yield f"{describe(root)}, and it is returned"
+
+
+def _both_held(facts: Facts, own: frozenset[Node], root: Node) -> bool:
+    """Whether a value is returned, and somebody outside the program (its caller, its owner) holds the root as well."""
+    returned = [facts.alias_roots(value) for value in facts.graph.output_node().all_input_nodes]
+    return any(own & roots for roots in returned) and (root.op != "call_function" or any(root in r for r in returned))
 
 
 def _restrided(facts: Facts, old: Node, after: Tensor, mode: FakeTensorMode) -> Values:

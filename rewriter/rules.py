@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
 from rewriter.matcher import Match, Miss
-from rewriter.regions import inside_bodies
+from rewriter.regions import called, inside_bodies
 
 if TYPE_CHECKING:
     from rewriter.calibration import Statistics
@@ -303,10 +304,16 @@ def _read_elsewhere(rule: Rule, program: Program, group: Sequence[Match], blocke
     for name in names:
         if name in blocked:
             return f"another place that reads {name} cannot be rewritten: {blocked[name]}"
-    if not names or not rule.contract.exact:
+    if not names:
         return None
     inside = {node for match in group for node in match.nodes}
     readers = {n for node in inside for n in node.all_input_nodes if n.op == "get_attr" and str(n.target) in names}
+    for value in sorted(readers):
+        for user in value.users:
+            if isinstance(user.target, HigherOrderOperator):
+                return f"{value.target} is also read inside a body of {called(user)}, where nothing is rewritten"
+    if not rule.contract.exact:
+        return None
     views = {node for match in group for node in match.shared}
     for value in sorted(readers | views):
         for user in program.facts.users(value):

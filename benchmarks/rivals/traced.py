@@ -34,9 +34,7 @@ def replace_pattern(module: GraphModule, case: Case) -> int:
     """Every spelling in turn; returns the number of matches replaced."""
     count = 0
     for one in case.rewrite.traced:
-        count += len(
-            fx_replace_pattern(module, trace(one.pattern, one.examples), trace(one.replacement, one.examples))
-        )
+        count += len(fx_replace_pattern(module, trace(one.pattern, one.examples), trace(one.replacement, one.examples)))
     return count
 
 

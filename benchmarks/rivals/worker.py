@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 SIDES = {  # name -> module and class; modules are imported in the side's own process only
     "rewriter": ("rivals.ours", "Ours"),
     "torch.fx": ("rivals.torch_fx", "TorchFx"),
@@ -54,17 +56,27 @@ class Worker:
         self._process.start()
 
     def ask(self, task: str, *args: Any, limit: float | None = None) -> Sample:
-        """Run a method of the side. Raises Stopped past ``limit`` seconds; the process is then a fresh one."""
+        """Run a method of the side.
+
+        Raises:
+            Stopped: it took more than ``limit`` seconds of processor time; the process is then a fresh one.
+        """
+        start = self._spent()
         self._here.send((task, args))
-        if not self._here.poll(limit):
-            self.close()
-            self._start()
-            raise Stopped(f"{self.side}: {task} took more than {limit} s")
+        while not self._here.poll(0.2):
+            if limit is not None and self._spent() - start > limit:
+                self.close()
+                self._start()
+                raise Stopped(f"{self.side}: {task} took more than {limit:g} s")
         answer = self._here.recv()
         if isinstance(answer, str):
             raise RuntimeError(f"{self.side}: {task} failed\n{answer}")
         sample: Sample = answer
         return sample
+
+    def _spent(self) -> float:
+        used = psutil.Process(self._process.pid).cpu_times()
+        return float(used.user + used.system)
 
     def close(self) -> None:
         self._process.kill()

@@ -66,7 +66,8 @@ class FoldBatchNormBack(Rule):
             return str(reason)
         prefix = self.prefix(match)
         new = [f"{prefix}.{role}" if prefix else role for role in self.roles(match, {})]
-        return linears.unfit(program, self.replaced_tensors(match), new)
+        tensors = _names(match)
+        return linears.unfit(program, self.replaced_tensors(match), new, [tensors["mean"], tensors["var"]])
 
     def prefix(self, match: Match) -> str:
         return linears.owner(match["weight"])
@@ -181,7 +182,8 @@ def _names(match: Match) -> dict[str, str]:
 
 def _behind(facts: Facts, norm: Node, before: Mapping[Node, Match]) -> Match | str:
     """The linear or convolution whose result nothing but the norm reads; or why there is none."""
-    value, between = facts.arguments(norm)["input"], ()
+    value: Node = facts.arguments(norm)["input"]
+    between: tuple[Node, ...] = ()
     if (turned := _turned(facts, value)) is not None:  # [rows, features, length] of a linear's [rows, length, features]
         value, between = turned, (value,)
     elif value in before and len(facts.shape(value) or ()) != 2:

@@ -95,7 +95,9 @@ class FoldIntoNext(Rule):
             return str(reason)
         prefix = self.prefix(match)
         new = [f"{prefix}.{role}" if prefix else role for role in self.roles(match, {})]
-        return linears.unfit(program, self.replaced_tensors(match), new)
+        tensors = _tensors(match)
+        statistics = [tensors[role] for role in ("mean", "var") if role in tensors]
+        return linears.unfit(program, self.replaced_tensors(match), new, statistics)
 
     def prefix(self, match: Match) -> str:
         return linears.owner(match["linear"]["weight"])

@@ -152,16 +152,19 @@ def _next(leaf: str) -> str:
     return f"{leaf}_folded" if found is None else f"{found[1]}_folded{int(found[2] or 1) + 1}"
 
 
-def unfit(program: Program, names: Sequence[str], new: Sequence[str]) -> str | None:
-    """Why tensors cannot be merged into one: of several dtypes, some frozen, shared, or names that are taken."""
+def unfit(program: Program, names: Sequence[str], new: Sequence[str], statistics: Sequence[str] = ()) -> str | None:
+    """Why tensors cannot be merged into one: some frozen, two the same, or names that are taken.
+
+    ``statistics`` are those of the names that nobody trains, whatever becomes of the others.
+    """
     if len(set(names)) < len(names):
         return "two of the tensors are one"
     # What the graph says of them, not the tensors: when a plan is replayed, those it replaces are gone already.
     nodes = program.parameter_nodes()
-    tensors = [nodes[name].meta["val"] for name in names]
-    if len({t.requires_grad for t in tensors if isinstance(t, nn.Parameter)}) > 1:
+    values = {name: nodes[name].meta["val"] for name in names}
+    if len({value.requires_grad for name, value in values.items() if name not in statistics}) > 1:
         return "some of the tensors are frozen and some are trained"
-    if not all(t.is_floating_point() for t in tensors):
+    if not all(value.is_floating_point() for value in values.values()):
         return "a tensor is not floating"
     taken = [name for name in new if name in nodes]
     return f"the model already has a parameter {taken[0]}" if taken else None

@@ -116,9 +116,10 @@ def _bias(edit: Editor, match: Match) -> Node | None:
 
 def _mask(edit: Editor, match: Match) -> Node | None:
     """The mask as something to add: itself, or the fill where it hides and 0 elsewhere."""
-    mask, form = match["mask"], match["mask_form"]
+    mask: Node | None = match["mask"]
+    form = match["mask_form"]
     if form in (None, "added"):
-        return mask  # type: ignore[no-any-return]
+        return mask
     zero = edit.call(aten.new_zeros.default, match["q"], [])
     if form == "keep":
         return edit.call(aten.where.ScalarOther, mask, zero, match["fill"])

@@ -104,10 +104,8 @@ def _attentions(facts: Facts) -> Iterator[Match]:
         q, k = (_operand(facts, arguments[name], node) for name in ("query", "key"))
         scale = arguments["scale"]
         width = (facts.shape(q.value) or (None,))[-1]
-        if not (q.factors or k.factors) or q.value is k.value or (scale is None and not isinstance(width, int)):
-            continue
-        own = width**-0.5 if scale is None else scale
-        if isinstance(own, (int, float)):
+        own = width**-0.5 if scale is None and isinstance(width, int) else scale
+        if (q.factors or k.factors) and q.value is not k.value and isinstance(own, (int, float)):
             yield _match(node, (*k.nodes, *q.nodes, node), q, k, node, (float(own),), place="scale")
 
 

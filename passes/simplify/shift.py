@@ -59,7 +59,8 @@ class DropShift(Rule):
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
     ) -> Mapping[Node, Node]:
         arguments = [match["x"] if i == 0 else a for i, a in enumerate(match.root.args)]
-        return {match.root: edit.call(match.root.target, *arguments, **match.root.kwargs)}
+        target: Any = match.root.target  # an operator
+        return {match.root: edit.call(target, *arguments, **match.root.kwargs)}
 
 
 def _shifted(facts: Facts, node: Node) -> Match | str | None:

@@ -265,7 +265,7 @@ def _mask_terms(facts: Facts, captured: Mapping[str, Any]) -> dict[str, Any]:
         if mask is not None:
             tensor = captured["fill_tensor"]
             fill = captured["fill"] if tensor is None else constant_number(facts, tensor)
-            return {"mask": mask, "mask_form": form, "fill": float(fill)}
+            return {"mask": mask, "mask_form": form, "fill": None if fill is None else float(fill)}
     mask = captured["mask"]
     return {"mask": mask, "mask_form": None if mask is None else "added", "fill": None}
 
@@ -301,12 +301,11 @@ def _sdpa_terms(facts: Facts, match: Match) -> Match:
 def _grouped(facts: Facts, captured: Mapping[str, Any]) -> dict[str, Any]:
     """q, k, v, and k and v before a repetition of heads that both of them have."""
     q, k, v = captured["q"], captured["k"], captured["v"]
-    (k_base, k_groups), (v_base, v_groups) = repeated(facts, k), repeated(facts, v)
-    if k_groups != v_groups:
-        k_base, v_base, k_groups = k, v, 1
-    if k_groups == 1:
-        k_groups = _sharing(facts, q, k, v)
-    return {"q": q, "k": k, "v": v, "k_base": k_base, "v_base": v_base, "groups": k_groups}
+    (k_base, times), (v_base, v_times) = repeated(facts, k), repeated(facts, v)
+    if times != v_times:
+        k_base, v_base, times = k, v, 1
+    groups = _sharing(facts, q, k, v) if times == 1 else times
+    return {"q": q, "k": k, "v": v, "k_base": k_base, "v_base": v_base, "groups": groups}
 
 
 def _sharing(facts: Facts, q: Node, k: Node, v: Node) -> int | None:
@@ -314,10 +313,12 @@ def _sharing(facts: Facts, q: Node, k: Node, v: Node) -> int | None:
     shapes = [facts.shape(node) or () for node in (q, k, v)]
     if any(len(shape) != 4 for shape in shapes):
         return 1
-    heads, *shared = (shape[1] for shape in shapes)
-    if not all(isinstance(count, int) for count in (heads, *shared)):
-        return 1 if all(same_size(heads, count) for count in shared) else None
-    return heads // shared[0] if shared[0] == shared[1] and heads % shared[0] == 0 else None
+    heads, k_heads, v_heads = (shape[1] for shape in shapes)
+    if not same_size(k_heads, v_heads):
+        return None
+    if isinstance(heads, int) and isinstance(k_heads, int):
+        return heads // k_heads if k_heads and heads % k_heads == 0 else None
+    return 1 if same_size(heads, k_heads) else None
 
 
 def repeated(facts: Facts, node: Node) -> tuple[Node, int]:

@@ -353,3 +353,16 @@ def test_constants_of_the_code_are_lifted_and_shared_by_content() -> None:
     opt = rewriter.optimize(model, [], example_inputs=x)
     assert torch.equal(opt(x), model(x)) and not opt.state_dict()
     assert torch.equal(copy.deepcopy(opt)(x), model(x))
+
+
+def test_what_vmap_leaves_in_a_graph_is_refused_with_its_line() -> None:
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    class Mapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with TransformGetItemToIndex():  # as transformers did it for masks before its fifth series
+                return torch.vmap(lambda i: x[i])(torch.arange(x.shape[0]))
+
+    with pytest.raises(CaptureError, match="only tensors can be constants") as caught:
+        rewriter.capture(Mapped(), X)
+    assert "test_capturing.py" in str(caught.value)

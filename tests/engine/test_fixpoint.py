@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_rewriting_in_place_is_planning_and_applying(names: list[str]) -> None:
     assert structure(program.graph) == structure(expected.graph)
     assert torch.equal(program.run(example)[0], expected.run(example)[0])
     assert rewrite(program, [relu_once, double_negation]) == ()
-    pairs = sum(first == second != "tanh" for first, second in zip(names, names[1:], strict=False))
+    pairs = sum(first == second != "tanh" for first, second in itertools.pairwise(names))
     assert bool(journal) == bool(pairs)
 
 
@@ -167,7 +168,7 @@ def test_a_rule_is_asked_again_only_after_a_change() -> None:
 
 def test_only_exact_rules_are_applied_without_a_plan() -> None:
     program, _ = captured([])
-    with pytest.raises(PlanError, match="only EXACT rules.*shift_add.linear"):
+    with pytest.raises(PlanError, match=r"only EXACT rules.*shift_add\.linear"):
         rewrite(program, [rewriter.passes.ShiftAdd()])
 
 
@@ -192,13 +193,15 @@ def test_a_rule_that_undoes_itself_is_named() -> None:
             return x * y
 
     program = rewriter.capture(Product(), (torch.randn(3), torch.randn(3)))
-    with pytest.raises(PlanError, match=r"rule commute undoes its own work.*\n  commute at .*mul\(x, y\) → mul\(y, x\)"):
+    with pytest.raises(PlanError, match="rule commute undoes its own work") as error:
         rewriter.plan(program, [commute])
+    shown = [line.rpartition(": ")[2] for line in str(error.value).splitlines()[1:3]]
+    assert shown == [f"mul({a}, {b}) → mul({b}, {a})" for a, b in (("tensors_0", "tensors_1"), ("tensors_1", "tensors_0"))]
 
 
 def test_a_rule_that_feeds_itself_is_named_with_the_growth() -> None:
     program, _ = captured(["tanh", "relu", "relu"])
-    with pytest.raises(PlanError, match=r"after \d+ rounds these rules still apply: grow; nodes .*: 7, 9, 11") as error:
+    with pytest.raises(PlanError, match=r"after 32 rounds these rules still apply: grow; nodes .*: 8, 10, 12") as error:
         rewriter.plan(program, [grow])
     assert "tanh(" in str(error.value)
 

@@ -208,6 +208,16 @@ def test_a_window_stored_in_a_buffer_is_read_to_its_end(size: int) -> None:
     assert str(found) == f"window({size})"
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32])
+def test_numbers_in_buffers(dtype: torch.dtype) -> None:
+    """A number that positions are compared with is a length; one that scores are filled with is not."""
+    size = torch.tensor(1000, dtype=dtype)
+    found = kind_of(lambda s, p, size: causal(s) & (at(s)[0] - at(s)[1] < size), size=size)
+    assert str(found) == "window(1000)"
+    lowest = torch.tensor(-20000.0)
+    assert kind_of(lambda s, p, lowest: torch.where(causal(s), 0.0, lowest), lowest=lowest).kind == "causal"
+
+
 def test_a_constant_beyond_reason_is_not_read() -> None:
     found = kind_of(lambda s, p, row: row[None, : s.shape[-1]], row=torch.ones(5000, dtype=torch.bool))
     assert "dimension of 5000" in found.reason

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,12 @@ def found(program: rewriter.Program) -> Counts:
 def misses(program: rewriter.Program, column: str, count: int = 3) -> list[str]:
     """Why sites of a column were not found: the nearest misses, as text."""
     return [str(miss) for view in PARTS[column] for miss in VIEWS[view].explain(program)[:count]]
+
+
+def places(program: rewriter.Program, column: str) -> list[str]:
+    """Where the sites of a column are: "2 at model.layers.*.mlp.gate", the most frequent first."""
+    paths = Counter(re.sub(r"\d+", "*", match.path) for view in PARTS[column] for match in VIEWS[view].find(program))
+    return [f"{count} at {path}" for path, count in paths.most_common()]
 
 
 @dataclass(frozen=True)

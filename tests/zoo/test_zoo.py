@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+import rewriter
+
 from .configs import ZOO
 from .measuring import Cell, cells, differences, misses
 from .page import PAGE, counted, rewritten, rows
@@ -41,7 +43,32 @@ def test_the_exact_passes_keep_the_function(cell: Cell) -> None:
     assert len(cell.verification.gradients) >= 3 and cell.sites
 
 
+def test_no_attention_is_lost_to_the_passes_before(cell: Cell) -> None:
+    """Each one that is written out is fused, or its plan says why not."""
+    if cell.implementation != "eager":
+        return
+    left = [miss for miss in cell.opt.plan.misses if miss.rule == "fuse.attention"]
+    capped = getattr(cell.architecture.configuration(), "attn_logit_softcapping", None)
+    assert cell.sites.get("fuse.attention", 0) == (0 if capped else cell.implied.attention), "\n".join(map(str, left))
+
+
 def test_the_page_says_what_was_found(cell: Cell, request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.id
     tables = rows(PAGE.read_text(encoding="utf-8"))
     assert tables[f"sites {name}"] == counted(cell) and tables[f"rules {name}"] == rewritten(cell)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_routers_are_left_alone(name: str) -> None:
+    model = ZOO[name].build("sdpa")
+    plan = rewriter.plan(rewriter.capture(model), ["shift_add"])
+    layers = model.config.num_hidden_layers
+    assert len(plan.sites) == ZOO[name].implied(model.config).linear - layers
+    assert sum("router" in miss.reason for miss in plan.misses) == layers
+
+
+def test_parts_with_configurations_of_their_own_keep_their_caches() -> None:
+    model = ZOO["t5"].build("sdpa")
+    module = rewriter.optimize(model, []).to_module()
+    for one in (model, module):
+        assert (one.config.use_cache, one.encoder.config.use_cache, one.decoder.config.use_cache) == (True, False, True)

@@ -198,14 +198,16 @@ def _list(made: Builder, chance: Chance, x: Node, y: Node) -> None:
         made.call(aten.cat.default, [x, y, *([x] if chance.one_in(3) else [])], chance.among([0, -1]))
 
 
-def _in_place(made: Builder, chance: Chance, x: Node, y: Node) -> None:
+def write(made: Builder, x: Node) -> None:
+    """A write to the value. Raises IllTypedError for what autograd protects."""
     storage = x.meta["val"].untyped_storage().data_ptr()
     if any(storage == parameter.meta["val"].untyped_storage().data_ptr() for parameter in made.values[:3]):
-        raise IllTypedError("autograd refuses to write to a parameter")
-    if chance.upto(1):
-        made.call(aten.relu_.default, x)
-    else:
-        made.call(aten.add_.Tensor, x, y)
+        raise IllTypedError("a parameter that requires gradients")
+    made.call(aten.mul_.Tensor, x, 2)
+
+
+def _in_place(made: Builder, chance: Chance, x: Node, y: Node) -> None:
+    write(made, x)
 
 
 def _binary(made: Builder, chance: Chance, x: Node, y: Node) -> None:

@@ -39,11 +39,13 @@ CONDITIONS = (None, None, floating, has_rank(2), has_dtype(DTYPES[0]), lambda fa
 class Writer:
     """Writes one pattern. `calls` are the calls written so far, which may stand for further operands as well.
 
-    `plain` keeps to what VF2 can express: operators of variables and numbers.
+    `plain` keeps to what VF2 can express: operators of variables and numbers. `exact` never looks through what stops
+    gradients, as a rule must not that promises EXACT.
     """
 
     chance: Chance
     plain: bool = False
+    exact: bool = False
     calls: list[Call] = field(default_factory=list)
     named: int = 0
 
@@ -154,7 +156,8 @@ class Writer:
         if not self.plain and _certain(root) and self.chance.one_in(4):
             outputs.append(self.further(root))
         where = _unequal if not self.plain and self.chance.one_in(4) else None
-        transparent = () if self.plain else self.chance.among(TRANSPARENT)
+        kinds = [k for k in TRANSPARENT if not (self.exact and ops.DETACH in k) and not (self.plain and k)]
+        transparent = self.chance.among(kinds)
         return pattern("random", *outputs, where=where, transparent=transparent)
 
     def further(self, root: Expression) -> Expression:

@@ -37,6 +37,7 @@ from .graphs import (
     IllTypedError,
     aten,
     some_value,
+    write,
 )
 
 _CONSTANTS: dict[str, tuple[Any, ...]] = {
@@ -49,7 +50,7 @@ _CONSTANTS: dict[str, tuple[Any, ...]] = {
     "p": (0.5, 0.0),
     "train": (False, True),
 }
-EDITS = ("operator", "operand", "argument", "escape", "exchange", "constant", "between", "twice")
+EDITS = ("operator", "operand", "argument", "escape", "exchange", "constant", "between", "twice", "write", "draw")
 
 
 @dataclass
@@ -123,6 +124,10 @@ class Planter:
         node = self.made.call(target, *args, **kwargs)
         if self.now("escape"):
             self.made.call(aten.relu.default, node)
+        if self.now("write"):  # to what was just read, or to what it computed
+            write(self.made, self.chance.among([*node.all_input_nodes, node]))
+        if self.now("draw"):
+            node = self.made.call(aten.dropout.default, node, 0.5, True)
         if self.now("between"):
             node = self.made.call(aten.neg.default, node)
         if self.chance.one_in(8):

@@ -32,12 +32,12 @@ class Example:
 
 
 @st.composite
-def examples(draw: st.DrawFn, plain: bool = False) -> Example:
-    """A graph with noise, faithful occurrences of a random pattern, and near misses of it."""
+def examples(draw: st.DrawFn, plain: bool = False, exact: bool = False, plants: int = 1) -> Example:
+    """A graph with noise, faithful occurrences of a random pattern (`plants` and more), and near misses of it."""
     chance = Chance(draw)
-    wanted = Writer(chance, plain=plain).pattern()
+    wanted = Writer(chance, plain=plain, exact=exact).pattern()
     made = start()
-    for _ in range(1 + chance.upto(2)):
+    for _ in range(plants + chance.upto(2)):
         for _ in range(chance.upto(3)):
             add_noise(made, chance)
         edit = None if chance.upto(1) else chance.among(EDITS)

@@ -62,6 +62,13 @@ def fresh_value_replaced_by_an_input_and_returned_as_a_view(x: Tensor) -> Tensor
     return (x * 1).t()
 
 
+@case(ONE, Rewritten(1))
+def two_fresh_values_of_one_source_returned(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One of the two may be the source itself, not both: they would be one tensor."""
+    h = x.sin()
+    return h * 1, (h * 1).t()
+
+
 @case(ONE, Rewritten())
 def fresh_value_that_nobody_can_tell(x: Tensor) -> Tensor:
     """x·1 read by arithmetic only."""

@@ -234,7 +234,7 @@ class Buffer_written_between(Layer):
         return product + self.bias + x
 
 
-@case(BIAS, Rewritten(), still)
+@case(BIAS, Rewritten(1, of=2), still)
 class Buffer_written_between_two_calls(Layer):
     """The second linear reads the new value; the first, of a buffer that is written, is left alone to be safe."""
 

@@ -63,7 +63,11 @@ def integer_true_division(x: Tensor) -> Tensor:
     return x / 4
 
 
-@case(SUBTRACT, Refused("dtype", "float16"), lambda: (numbers(3, 4, dtype=torch.float32), numbers(3, 4, dtype=torch.float16)))
+@case(
+    SUBTRACT,
+    Refused("dtype", "float16", possible=True),
+    lambda: (numbers(3, 4, dtype=torch.float32), numbers(3, 4, dtype=torch.float16)),
+)
 def undeclared_promotion(x: Tensor, y: Tensor) -> Tensor:
     """float32 + (−float16): promotion that the pattern does not mention is refused, though here it is harmless."""
     return x + -y
