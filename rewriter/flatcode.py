@@ -55,7 +55,7 @@ class _Function:
         indexed = list(self._lines())
         body = [f"    {line}" for _, line in indexed] or ["    pass"]
         # torch expects two empty lines and counts from the head, for tracebacks that show the node.
-        lines = {number: index for number, (index, _) in enumerate(indexed, start=1)}
+        lines: dict[int, int | None] = {number: index for number, (index, _) in enumerate(indexed, start=1)}
         return PythonCode("\n".join(("\n\n", head, *body)), self.globals, _lineno_map=lines, _prologue_start=4)
 
     def _lines(self) -> Iterator[tuple[int, str]]:

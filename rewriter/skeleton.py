@@ -133,7 +133,7 @@ class Skeleton:
 def _switch_caches_off(model: nn.Module) -> Iterator[str]:
     """Switch ``config.use_cache`` off wherever it is on; the paths. (The caller's configurations are other objects.)"""
     for path, module in model.named_modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
             yield path

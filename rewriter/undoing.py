@@ -70,9 +70,9 @@ def _dependants(opt: Optimized, results: Mapping[str, SiteResult], chosen: Colle
     sites = opt.plan.sites
     of = [results[str(site.address)] for site in sites]
     gone = {str(sites[i].address) for i in chosen}
-    made = {name for i in chosen for name in of[i].created}
     found: dict[int, str] = {}
     for i, result in enumerate(of):
+        made = {name for k in chosen if k < i for name in of[k].created}
         if made & set(result.replaced) or gone & set(result.based_on):
             found[i] = "builds on it"
         elif any(_made_before(of[:k], of[k]) & set(result.created) for k in chosen if i < k):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,17 @@ def test_the_same_model_gives_the_same_bytes(kind: str) -> None:
         program = rewriter.capture(kinds.build(kind, seed=seed))
         found.append(dumps(rewriter.plan(program, kinds.passes("all"))))
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "sequential"])
+def test_the_same_plan_gives_the_same_files(kind: str, tmp_path: Path) -> None:
+    """Every byte that is saved: graph, tensors, plan, manifest."""
+    plan = kinds.optimized(kind, "all").plan
+    for name in ("first", "second"):
+        carry_out(kinds.build(kind), Plan.from_json(json.loads(dumps(plan)))).save(tmp_path / name)
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("first", "second")]
+    assert files[0].keys() == files[1].keys() >= {"graph.json", "plan.json", "model.safetensors"}
+    assert [name for name in files[0] if files[0][name] != files[1][name]] == []
 
 
 def test_a_plan_holds_no_tensor_and_no_node_name() -> None:

@@ -85,7 +85,7 @@ class Planter:
             wanted = [some_value(self.made, self.chance) for _ in range(self.chance.upto(2))]
             return list(self.captures.setdefault(e.name, wanted))
         if isinstance(e, Const):
-            options = _CONSTANTS.get(operand, NUMBERS)
+            options = (True,) if self.edit == "draw" and operand == "train" else _CONSTANTS.get(operand, NUMBERS)
             return self.captures.setdefault(e.name, self.chance.among(options))
         if isinstance(e, Literal):
             return self.chance.among(NUMBERS) if self.now("constant") and e.value in NUMBERS else e.value
@@ -126,8 +126,8 @@ class Planter:
             self.made.call(aten.relu.default, node)
         if self.now("write"):  # to what was just read, or to what it computed
             write(self.made, self.chance.among([*node.all_input_nodes, node]))
-        if self.now("draw"):
-            node = self.made.call(aten.dropout.default, node, 0.5, True)
+        if self.now("draw") and target is not aten.dropout.default:
+            self.made.call(aten.dropout.default, node, 0.5, True)
         if self.now("between"):
             node = self.made.call(aten.neg.default, node)
         if self.chance.one_in(8):

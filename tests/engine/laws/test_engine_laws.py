@@ -59,10 +59,11 @@ def module_of(example: Example) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
 
 
 cases = examples(exact=True).map(case_of)
+written = examples(exact=True, plants=2, edits=("write", "draw")).map(case_of)  # something is written or drawn between
 
 
-@settings(max_examples=150)
-@given(cases)
+@settings(max_examples=200)
+@given(st.one_of(cases, written))
 def test_rewriting_preserves_outputs_and_all_that_can_be_seen_of_them(case: Case) -> None:
     """Values, shapes, strides, dtypes, devices, gradients' flags, aliases, and what is written to inputs."""
     assert_same(case, case.program, rewriter.apply(case.program, case.plan()))
@@ -129,8 +130,8 @@ def test_rewriting_does_not_depend_on_node_order(example: Example, data: st.Data
     assert wiring(programs[0]) == wiring(programs[1])
 
 
-@settings(max_examples=100)
-@given(cases)
+@settings(max_examples=200)
+@given(st.one_of(cases, written))
 def test_every_match_is_rewritten_or_refused_with_a_reason(case: Case) -> None:
     rule = case.rewriting.rules()[0]
     matches, _ = rule.find(case.program)

@@ -32,7 +32,9 @@ class Example:
 
 
 @st.composite
-def examples(draw: st.DrawFn, plain: bool = False, exact: bool = False, plants: int = 1) -> Example:
+def examples(
+    draw: st.DrawFn, plain: bool = False, exact: bool = False, plants: int = 1, edits: tuple[str, ...] = EDITS
+) -> Example:
     """A graph with noise, faithful occurrences of a random pattern (`plants` and more), and near misses of it."""
     chance = Chance(draw)
     wanted = Writer(chance, plain=plain, exact=exact).pattern()
@@ -40,7 +42,7 @@ def examples(draw: st.DrawFn, plain: bool = False, exact: bool = False, plants: 
     for _ in range(plants + chance.upto(2)):
         for _ in range(chance.upto(3)):
             add_noise(made, chance)
-        edit = None if chance.upto(1) else chance.among(EDITS)
+        edit = chance.among(edits) if len(edits) < len(EDITS) or not chance.upto(1) else None
         Planter(made, chance, edit, 1 + chance.upto(3) if edit else -1).plant(wanted)
     finish(made, chance)
     return Example(made, wanted)
