@@ -32,7 +32,8 @@ demo: setup  ## the main job: rewrite, evaluate and export the embedded language
 test: setup  ## the whole suite (ARGS="-k name" narrows it)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
 
-fuzz: setup  ## the property tests alone, with many more examples
+fuzz: setup  ## 100 000 examples of the matcher (writes docs/fuzz.md), then every property test with many more
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m hypothesis --hypothesis-profile=fuzz $(ARGS)
 
 compat: setup  ## smoke test in throw-away environments, oldest to newest; writes docs/compat.md

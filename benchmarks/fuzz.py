@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests" / "engine"))
 
 from laws.test_enumerator import Example, compiled, enumerated, examples, searched  # noqa: E402
 
-BLOCK = 2000
+BLOCK = 1000
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_block(number: int, wanted: int) -> Block:
     return Block(number, counts, failure, time.perf_counter() - began)
 
 
-def report(blocks: list[Block], wall: float, workers: int) -> str:
+def report(blocks: list[Block], wall: float, asked: argparse.Namespace, matcher: str) -> str:
     total: Counter[str] = Counter()
     for block in blocks:
         total.update(block.counts)
@@ -86,7 +86,7 @@ def report(blocks: list[Block], wall: float, workers: int) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| examples run | {total['examples']:,} |",
+        f"| examples run | {total['examples']:,} of {asked.examples:,} |",
         f"| counterexamples | {len(failures)} |",
         f"| examples with a match | {total['examples with a match']:,} |",
         f"| matches compared | {total['matches']:,} |",
@@ -94,10 +94,10 @@ def report(blocks: list[Block], wall: float, workers: int) -> str:
         f"| patterns of several outputs | {total['of several outputs']:,} |",
         f"| patterns that look through nodes | {total['looking through nodes']:,} |",
         f"| seeds | {min(b.number for b in blocks)} to {max(b.number for b in blocks)}, {BLOCK:,} examples each |",
-        f"| time | {wall / 60:.1f} min, {workers} processes, {sum(b.seconds for b in blocks) / 60:.1f} min in all |",
+        f"| time | {wall / 60:.1f} min, {asked.workers} processes, {sum(b.seconds for b in blocks) / 60:.1f} min in all |",
         f"| when | {time.strftime('%Y-%m-%d', time.gmtime())} |",
         f"| versions | Python {platform.python_version()}, torch {torch.__version__}, hypothesis {hypothesis.__version__} |",
-        f"| matcher | {sources()} |",
+        f"| matcher | {matcher} |",
     ]
     for block in failures:
         lines += ["", f"Seed {block.number}:", "", "```text", block.counterexample, "```"]
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the first block")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "fuzz.md")
     asked = parser.parse_args()
-    began = time.perf_counter()
+    began, matcher = time.perf_counter(), sources()
     sizes = [min(BLOCK, asked.examples - start) for start in range(0, asked.examples, BLOCK)]
     blocks: list[Block] = []
     with ProcessPoolExecutor(asked.workers) as pool:
@@ -126,10 +126,10 @@ def main() -> int:
             blocks.append(done.result())
             ran = sum(block.counts["examples"] for block in blocks)
             failed = sum(bool(block.counterexample) for block in blocks)
+            text = report(sorted(blocks, key=lambda block: block.number), time.perf_counter() - began, asked, matcher)
+            asked.out.write_text(text, encoding="utf-8")  # so that a run that is stopped leaves its record
             print(f"{ran:7,} examples, {failed} counterexamples, {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    text = report(sorted(blocks, key=lambda block: block.number), time.perf_counter() - began, asked.workers)
-    asked.out.write_text(text, encoding="utf-8")
-    print(text)
+    print(asked.out.read_text(encoding="utf-8"))
     return int(any(block.counterexample for block in blocks))
 
 

@@ -206,7 +206,11 @@ class _Traced(nn.Module):
             if isinstance(value, fx.GraphModule):
                 self._modules[name] = _lowered_body(value, opset)
             else:
-                store.put(self, name, value)
+                # Nothing is trained here, and the choice among attention kernels, whose results differ in their
+                # strides, looks at what might be: it has to be the same in each of the traces to come.
+                constant = value.detach()
+                kept = isinstance(value, nn.Parameter)
+                store.put(self, name, nn.Parameter(constant, requires_grad=False) if kept else constant)
 
     def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
         with traceback.preserve_node_meta():

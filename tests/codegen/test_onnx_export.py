@@ -294,6 +294,28 @@ def test_lifted_constants_repeated_outputs_and_passed_inputs(tmp_path: Path) -> 
     assert all(relative_error(f, e) <= 1e-6 for f, e in zip(found, module(x, y), strict=True))
 
 
+class LearnedBias(nn.Module):
+    """Attention with a trained bias beside the mask; torch picks its kernel by what needs gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.bias = nn.Linear(16, 16), nn.Parameter(torch.randn(2, 6, 6))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q = self.projection(x).view(x.shape[0], 6, 2, 8).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, q, self.bias + mask)
+        return self.projection(y.transpose(1, 2).flatten(2))
+
+
+def test_attention_with_a_trained_bias(tmp_path: Path) -> None:
+    model, x, mask = LearnedBias().eval(), torch.randn(2, 6, 16), torch.zeros(2, 1, 1, 6)
+    program = capture(model, (x, mask))
+    path = tmp_path / "bias.onnx"
+    export_program(program, path)
+    (result,) = run(path, x=x, mask=mask)
+    np.testing.assert_allclose(result, model(x, mask).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_exporting_changes_nothing_and_is_deterministic(net: Program, exported: ExportResult, tmp_path: Path) -> None:
     code = net.graph_module.code
     tensors = {name: (tensor, tensor.clone()) for name, tensor in net.tensors().items()}
