@@ -311,7 +311,7 @@ def test_attention_with_a_trained_bias(tmp_path: Path) -> None:
     model, x, mask = LearnedBias().eval(), torch.randn(2, 6, 16), torch.zeros(2, 1, 1, 6)
     program = capture(model, (x, mask))
     path = tmp_path / "bias.onnx"
-    export_program(program, path)
+    write(program, path)
     (result,) = run(path, x=x, mask=mask)
     np.testing.assert_allclose(result, model(x, mask).detach().numpy(), rtol=1e-4, atol=1e-5)
 

@@ -2,7 +2,8 @@
 """The meaning of patterns (docs/patterns.md, "What a match is"), enumerated by brute force.
 
 A solution is a value, and `Meaning.solutions` yields all of them in the order the meaning gives; the first one at a
-root is the match. There is no trail, no index and no pruning, and nothing is shared with the matcher.
+root is the match. There is no trail, no index and no pruning, and nothing is shared with the matcher. Regions are not
+part of it.
 """
 
 from __future__ import annotations
@@ -104,16 +105,15 @@ class Meaning(NamedTuple):
     def call(self, e: Call, value: Any, user: Any, s: Solution, through: bool) -> Iterator[Solution]:
         chain = ([value] if not through else self.chain(value)) if isinstance(value, Node) else []
         for count, node in enumerate(chain):
-            yield from self.call_at(e, node, s._replace(nodes=s.nodes.union(chain[:count])))
-
-    def call_at(self, e: Call, node: Node, s: Solution) -> Iterator[Solution]:
-        if e in s.bound:
-            yield from [s] if s.bound[e] is node else []
-        elif (operands := self.operands(e, node)) is not None and self.holds(e.conditions, node):
-            captures = {**s.captures, e.name: node} if e.name else s.captures
-            s = Solution(captures, {**s.bound, e: node}, s.nodes | {node}, s.past, s.outputs)
-            for order in [operands, operands[::-1]] if e.operator.commutative and len(operands) == 2 else [operands]:
-                yield from self.each(list(zip(e.arguments.values(), order, strict=True)), node, s)
+            at = s._replace(nodes=s.nodes.union(chain[:count]))
+            operands = self.operands(e, node) if e not in s.bound and self.holds(e.conditions, node) else None
+            if s.bound.get(e) is node:
+                yield at
+            elif operands is not None:
+                captures = {**s.captures, e.name: node} if e.name else s.captures
+                at = Solution(captures, {**s.bound, e: node}, at.nodes | {node}, s.past, s.outputs)
+                for order in [operands, operands[::-1]] if e.operator.commutative and len(operands) == 2 else [operands]:
+                    yield from self.each(list(zip(e.arguments.values(), order, strict=True)), node, at)
 
     def each(self, goals: list[tuple[Any, Any]], user: Node | None, s: Solution) -> Iterator[Solution]:
         for after in self.solutions(*goals[0], user, s) if goals else ():
@@ -122,7 +122,7 @@ class Meaning(NamedTuple):
 
     def operands(self, e: Call, node: Node) -> list[Any] | None:
         """What the call's operands stand for at the node; every argument it does not name must have its default."""
-        if node.op != "call_function" or node.target not in e.operator.targets:
+        if node.target not in e.operator.targets:
             return None
         if e.operator.read is not None:
             read = e.operator.read(self.facts, node)
