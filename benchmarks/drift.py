@@ -126,7 +126,15 @@ def _missing(requirement: Requirement, folder: Path) -> bool:
 
 def _pip(folder: Path, packages: Sequence[str]) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(folder), *packages], check=True)
+    _run([*pip, "--upgrade", "--target", str(folder), *packages])
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """What it prints; its log (export writes whole graphs there) only where it fails."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}\n{done.stderr[-4000:]}")
+    return done
 
 
 def examine(release: str) -> dict[str, Entry]:
@@ -136,7 +144,7 @@ def examine(release: str) -> dict[str, Entry]:
         path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(Path(__file__).resolve()), "--count"]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = _run(command, environment)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["name"]: Entry(line["implied"], line["found"], tuple(line["reasons"])) for line in lines}
 

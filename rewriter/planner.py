@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -23,13 +22,13 @@ from rewriter.modes import neutral
 from rewriter.program import Program
 from rewriter.rewriting import Session, disjoint, generator, unfit
 from rewriter.rules import Address, Pass, Refusals, Rule, Site, full_names, locate, near_misses
+from rewriter.selecting import Selection, Selector
 
 if TYPE_CHECKING:
     from rewriter.calibration import Statistics
 
 SCHEMA = 2  # 1 had no stages: neighbours of one rule were one
 _WEIGHTS = "weights"  # the step of a miss whose weights cannot be rewritten
-Selection = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def plan(
             counts on cannot be rewritten.
     """
     resolved = registry.resolve(passes)
-    chosen = _Selector(select or {}, [p.name for p in resolved])
+    chosen = Selector(select or {}, [p.name for p in resolved])
     _refuse_untrained(resolved, allow_untrained)
     scratch = program.fork(_copy_of_store(program), compile=False)
     sites, misses = _exact(scratch, [p for p in resolved if p.contract.exact], chosen, statistics, seed)
@@ -182,7 +181,7 @@ def _staged(sites: Sequence[PlannedSite], after: Sequence[PlannedSite] = ()) -> 
 
 
 def _exact(
-    scratch: Program, passes: Sequence[Pass], chosen: _Selector, statistics: Statistics | None, seed: int
+    scratch: Program, passes: Sequence[Pass], chosen: Selector, statistics: Statistics | None, seed: int
 ) -> tuple[list[PlannedSite], list[Miss]]:
     """Run exact rules on the scratch program to the end, and note what they did and, at the end, why not more."""
     rules = [(one, rule) for one in passes for rule in one.rules()]
@@ -216,7 +215,7 @@ def _take(
     rules: Sequence[tuple[Pass, Rule]],
     located: Sequence[Refusals],
     program: Program,
-    chosen: _Selector,
+    chosen: Selector,
     statistics: Statistics | None,
     seed: int,
 ) -> tuple[list[tuple[PlannedSite, Site]], list[Miss]]:
@@ -286,62 +285,6 @@ def _copy_of_store(program: Program) -> torch.nn.Module:
     for name, tensor in store.tensors(program.root):
         store.put(root, name, tensor)
     return root
-
-
-# ------------------------------------------------------------------------------------------------------- select
-
-
-class _Selector:
-    """The user's ``select``: exact names beat regular expressions, the first expression wins, None protects."""
-
-    def __init__(self, select: Selection, passes: Sequence[str]) -> None:
-        for pattern, target in select.items():
-            if target is not None and target not in passes:
-                raise PlanError(
-                    f"select[{pattern!r}] names pass {target!r}, which is not among passes={list(passes)}{registry.nearest(target, passes)}"
-                )
-        self.exact = {k: v for k, v in select.items() if not k.startswith("re:")}
-        try:
-            self.patterns = [(re.compile(k[3:]), v) for k, v in select.items() if k.startswith("re:")]
-        except re.error as error:
-            raise PlanError(f"select: {error.pattern!r} is not a regular expression: {error}") from error
-
-    def _entry(self, site: Site) -> tuple[str, str | None] | None:
-        paths = dict.fromkeys((*site.paths, site.address.path))
-        for path in paths:
-            if path in self.exact:
-                return path, self.exact[path]
-        for pattern, target in self.patterns:
-            for path in paths:
-                if pattern.fullmatch(path):
-                    return f"re:{pattern.pattern}", target
-        return None
-
-    def forbids(self, pass_name: str, site: Site) -> str | None:
-        entry = self._entry(site)
-        if entry is None or entry[1] == pass_name:
-            return None
-        key, target = entry
-        return f"protected by select[{key!r}]" if target is None else f"given to {target} by select[{key!r}]"
-
-    def names(self, pass_name: str, site: Site) -> bool:
-        entry = self._entry(site)
-        return entry is not None and entry[1] == pass_name
-
-    def check(self, sites: Sequence[PlannedSite], misses: Sequence[Miss]) -> None:
-        """Every exact entry with a pass must have been met."""
-        for path, target in self.exact.items():
-            if target is None or any(s.pass_name == target and path in (*s.paths, s.address.path) for s in sites):
-                continue
-            reasons = [m for m in misses if m.site == path]
-            if reasons:
-                raise LegalityError(
-                    f"select asks for {target} at {path!r}, which is refused: " + "; ".join(map(str, reasons[:3]))
-                )
-            known = sorted({p for s in sites for p in s.paths} | {m.site for m in misses if m.site})
-            raise PlanError(
-                f"select asks for {target} at {path!r}, but nothing there matches{registry.nearest(path, known)}"
-            )
 
 
 def _check_expected(

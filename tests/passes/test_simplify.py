@@ -528,7 +528,10 @@ def test_any_mixture_computes_the_same_and_nothing_is_left_to_do(names: list[str
             x = _STEPS[name](x)
         return x @ m.w[: x.shape[-1], : x.shape[-1]] + 1
 
-    outcome = Outcome(function, _normal(2, 6, 6)).verified()
+    outcome = Outcome(function, _normal(2, 6, 6))
+    result = rewriter.verify(outcome.before, outcome.after, outcome.inputs)
+    # What is computed, in float64; how well, in float32, is a lottery of single bits for compositions like these.
+    assert max(f.relative for f in (*result.outputs, *result.gradients)) <= 1e-10
     assert len(outcome.after.graph.nodes) <= len(outcome.before.graph.nodes)
     again = rewriter.plan(outcome.after, ["simplify"])
     assert not again.sites or len(rewriter.apply(outcome.after, again).graph.nodes) < len(outcome.after.graph.nodes)

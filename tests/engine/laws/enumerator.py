@@ -8,7 +8,7 @@ part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
@@ -25,9 +25,6 @@ class Solution(NamedTuple):
     nodes: frozenset[Node]
     past: frozenset[Node]  # looked past: others may use them too
     outputs: tuple[Node, ...] = ()
-
-    def calls(self, wanted: Callable[[Call], bool]) -> set[Node]:
-        return {node for call, node in self.bound.items() if wanted(call)}
 
 
 class Meaning(NamedTuple):
@@ -46,7 +43,7 @@ class Meaning(NamedTuple):
                 for found in self.solutions(self.pattern.outputs[len(s.outputs)], node, None, s, through=False):
                     yield from self.at(self.facts.graph.nodes, found._replace(outputs=(*s.outputs, node)))
             return
-        inside = s.nodes - s.past - s.calls(lambda call: call.may_escape) - set(s.outputs)
+        inside = s.nodes - s.past - set(s.outputs) - {node for e, node in s.bound.items() if e.may_escape}
         kept = all(user in s.nodes or self.facts.is_assertion(user) for node in inside for user in node.users)
         captures = {name: s.captures.get(name) for name in self.pattern.names}
         if kept and self.holds(self.pattern.conditions, captures):
@@ -106,13 +103,14 @@ class Meaning(NamedTuple):
         chain = ([value] if not through else self.chain(value)) if isinstance(value, Node) else []
         for count, node in enumerate(chain):
             at = s._replace(nodes=s.nodes.union(chain[:count]))
-            operands = self.operands(e, node) if e not in s.bound and self.holds(e.conditions, node) else None
+            operands = self.operands(e, node) if e not in s.bound else None
             if s.bound.get(e) is node:
                 yield at
-            elif operands is not None:
+            elif operands is not None and self.holds(e.conditions, node):
                 captures = {**s.captures, e.name: node} if e.name else s.captures
                 at = Solution(captures, {**s.bound, e: node}, at.nodes | {node}, s.past, s.outputs)
-                for order in [operands, operands[::-1]] if e.operator.commutative and len(operands) == 2 else [operands]:
+                exchanged = [operands[::-1]] if e.operator.commutative and len(operands) == 2 else []
+                for order in [operands, *exchanged]:
                     yield from self.each(list(zip(e.arguments.values(), order, strict=True)), node, at)
 
     def each(self, goals: list[tuple[Any, Any]], user: Node | None, s: Solution) -> Iterator[Solution]:

@@ -24,7 +24,9 @@ from rewriter.facts import Facts
 aten = torch.ops.aten
 T = TypeVar("T")
 
-UNARY = tuple(getattr(aten, name).default for name in ("relu", "sigmoid", "tanh", "exp", "neg", "gelu", "silu", "rsqrt"))
+UNARY = tuple(
+    getattr(aten, name).default for name in ("relu", "sigmoid", "tanh", "exp", "neg", "gelu", "silu", "rsqrt")
+)
 BINARY = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor)
 COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
 # Operators that hand their operand on, as patterns may be told; the last stops gradients.

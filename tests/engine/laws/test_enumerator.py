@@ -68,7 +68,8 @@ def searched(facts: Facts, wanted: Pattern) -> list[Any]:
 def enumerated(facts: Facts, wanted: Pattern) -> list[Any]:
     found = []
     for s in Meaning(facts, wanted).matches():
-        casts, marked = s.calls(lambda call: call.operator.casts), s.calls(lambda call: call.may_escape)
+        casts = {node for call, node in s.bound.items() if call.operator.casts}
+        marked = {node for call, node in s.bound.items() if call.may_escape}
         found.append((s.outputs[0], s.outputs, s.captures, set(s.nodes), casts, marked | s.past))
     return found
 
