@@ -140,8 +140,11 @@ def _device(facts: Facts, match: Match) -> Iterator[Finding]:
 
 
 def _alias(facts: Facts, match: Match) -> Iterator[Finding]:
+    # Of the nodes inside, those stay that may be shared and are used outside.
+    staying = [node for node in match.shared if any(user not in match.nodes for user in facts.users(node))]
+    seen = {root for node in staying for root in facts.alias_roots(node)}
     for output in match.outputs:
-        outside = [root for root in facts.alias_roots(output) if root not in match.nodes]
+        outside = [root for root in facts.alias_roots(output) if root not in match.nodes or root in seen]
         if outside and (facts.writers(output) or _is_returned(facts, output)):
             yield f"{describe(output)} shares storage with {describe(outside[0])}, and that can be seen", output
         elif len(match.outputs) > 1 and facts.writers(output):

@@ -21,7 +21,7 @@ from rewriter.editing import Edit, Editor, adopt
 from rewriter.errors import LegalityError, PlanError
 from rewriter.fixpoint import ROUNDS, to_fixpoint
 from rewriter.matcher import Miss
-from rewriter.modes import collecting_later, neutral
+from rewriter.modes import neutral
 from rewriter.narrow import all_finite
 from rewriter.program import Program
 from rewriter.rules import Address, Pass, Rule, Site, full_names, locate
@@ -31,7 +31,6 @@ Prepared = tuple[Site, Mapping[str, Any], Mapping[str, Tensor]]  # site, choices
 
 @store.outside_inference_mode
 @neutral()
-@collecting_later()
 def rewrite(program: Program, rules: Sequence[Rule | Pass], *, seed: int = 0, rounds: int = ROUNDS) -> tuple[Edit, ...]:
     """Rewrite ``program`` and its store in place until none of ``rules`` applies; returns the journal.
 

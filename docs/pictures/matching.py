@@ -28,19 +28,33 @@ LIMIT = 60.0
 
 
 def draw(axes: Axes, data: dict[str, Any], task: str) -> None:
+    stops = 0
     for side, (colour, marker, line) in STYLES.items():
         cells = [c for c in data["cells"] if (c["task"], c["side"]) == (task, side)]
         points = [(c["nodes"], c["seconds"]) for c in cells if c["seconds"] is not None]
         if points:
             width = 2.6 if side == "rewriter" else 1.4
             axes.loglog(*zip(*points, strict=True), line, marker=marker, color=colour, label=side, linewidth=width)
-        # An open mark on the line at which a task was stopped; later sizes were not tried.
+        # An open mark on the line at which a task was stopped, side by side; larger graphs were not tried.
         stopped = next((c["nodes"] for c in cells if c["seconds"] is None), None)
         if stopped is not None:
-            axes.plot(stopped, LIMIT, marker=marker, color=colour, markerfacecolor="white", linestyle="none")
+            stops += 1
+            axes.plot(
+                stopped * 0.82 ** (stops - 1),
+                LIMIT,
+                marker=marker,
+                color=colour,
+                markerfacecolor="white",
+                linestyle="none",
+            )
     axes.axhline(LIMIT, color="#999999", linewidth=0.8, linestyle=(0, (1, 3)))
     axes.annotate(
-        "stopped", (axes.get_xlim()[0], LIMIT), (4, 3), textcoords="offset points", color="#777777", fontsize=8
+        "stopped after 60 s",
+        (axes.get_xlim()[0], LIMIT),
+        (4, 3),
+        textcoords="offset points",
+        color="#777777",
+        fontsize=8,
     )
     axes.set_title(TITLES[task], fontsize=11)
     axes.set_xlabel("nodes")

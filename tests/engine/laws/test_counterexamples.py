@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counterexamples that random search found in the matcher, kept as they were when they had become small."""
+"""Counterexamples that random search found in the matcher and in legality, as they were when they had become small."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from torch.fx import Node
 
 from rewriter import operators as ops
+from rewriter.legality import refusal
+from rewriter.matcher import find
 from rewriter.pattern import Const, Pattern, Var, pattern
 from rewriter.predicates import parameter
 
@@ -91,3 +93,25 @@ def test_a_part_that_occurs_twice_does_not_capture_twice() -> None:
     shared = ops.swap_last(x)
     wanted = pattern("p", (shared | (y - x)) + ops.relu(shared), transparent=(ops.CONTIGUOUS,))
     assert agreed(made, wanted, total) == [(total, {"x": p, "y": p})]
+
+
+def test_an_output_that_shares_storage_with_a_returned_interior_value_is_refused() -> None:
+    """`shared()` lets x + 2 be returned as well, and then its view must go on sharing its storage."""
+    made = start()
+    total = made.call(aten.add.Tensor, values(made)["p"], 2)
+    view = made.call(aten.unsqueeze.default, total, 0)
+    wanted = pattern("p", ops.unsqueeze((x + Const("c")).shared(), 0))
+    assert agreed(made, wanted, view, total) == [(view, {"x": values(made)["p"], "c": 2})]
+    facts = made.facts()
+    (match,) = find(facts, wanted)
+    reason = refusal(facts, match)
+    assert reason is not None and reason.kind == "alias" and "add" in reason.message
+
+
+def test_a_view_of_an_interior_value_that_goes_is_no_reason() -> None:
+    made = start()
+    view = made.call(aten.unsqueeze.default, made.call(aten.add.Tensor, values(made)["p"], 2), 0)
+    wanted = pattern("p", ops.unsqueeze((x + Const("c")).shared(), 0))
+    assert agreed(made, wanted, view)
+    facts = made.facts()
+    assert refusal(facts, find(facts, wanted)[0]) is None
