@@ -280,7 +280,7 @@ def summary(results: Results) -> str:
     for side in MATCHERS:
         taken = [results.seconds(task, middle, side) for task in ("match", "dead rules", "rewrite")]
         match, dead, rewrite = ("stopped" if seconds is None else duration(seconds) for seconds in taken)
-        each = "" if taken[0] is None else f" ({1e6 * taken[0] / hits:.3g} µs a site)"
+        each = "" if taken[0] is None else f" ({1e6 * taken[0] / hits:,.0f} µs a site)"
         lines.append(
             f"- {side}: matches in {match}{each}, with {DEAD} more rules that match nothing in {dead}; "
             f"matches, rewrites and recompiles in {rewrite}"

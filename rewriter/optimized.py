@@ -117,7 +117,7 @@ class Optimized(nn.Module):
     def _add(self, base: Program) -> Key:
         """Register a captured program and its rewriting under the present state."""
         new = self._key(base.call, list(base.example))
-        rewritten = replay(base.fork(self), self.plan)
+        rewritten = replay(base.fork(self, compile=False), self.plan)
         self._bases[new] = base
         self._programs[new] = rewritten
         return new

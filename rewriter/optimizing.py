@@ -107,7 +107,7 @@ def _finish(
     captured: _Captured, plan: planner.Plan, statistics: Statistics | None, keep_original: bool, tell: Progress
 ) -> Optimized:
     before = model_bytes(captured.base.root)
-    application = rewrite(captured.base.fork(), plan, statistics, tell)
+    application = rewrite(captured.base.fork(compile=False), plan, statistics, tell)
     opt = Optimized(
         captured.base,
         plan,

@@ -26,8 +26,10 @@ class ToOperator(Rule):
     view: ClassVar[View]
 
     def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
-        written = [match for match in self.view.find(program) if match["spelling"] != self.role]
-        return written, [miss for miss in self.view.explain(program) if miss.node is not None]
+        return self.matches(program), [miss for miss in self.view.explain(program) if miss.node is not None]
+
+    def matches(self, program: Program) -> Sequence[Match]:
+        return [match for match in self.view.find(program) if match["spelling"] != self.role]
 
     def refusal(self, program: Program, match: Match) -> str | None:
         reason = legality.refusal(program.facts, match)
