@@ -70,10 +70,13 @@ class Results:
 
 
 def machine() -> str:
-    """One line: processor, cores, versions."""
+    """One line: processor, cores, versions, and how busy it was: contention for memory slows the sides unequally."""
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    packages = " · ".join(f"{name} {version(name)}" for name in ("torch", "onnxscript"))
-    return f"{names[0] if names else platform.machine()} · {os.cpu_count()} cores · Python {platform.python_version()} · {packages}"
+    busy = f"{os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})"
+    packages = [f"{name} {version(name)}" for name in ("torch", "onnxscript")]
+    return " · ".join(
+        [names[0] if names else platform.machine(), busy, f"Python {platform.python_version()}", *packages]
+    )
 
 
 def _cpuinfo() -> list[str]:
