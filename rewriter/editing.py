@@ -108,7 +108,7 @@ class Editor:
         self._added.append(node)
         node.meta["val"] = self._values.value(target, args, kwargs)
         if self._marks is not None:
-            node.meta |= self._marks.metadata()
+            node.meta.update(self._marks.metadata())
         return node
 
     def resolve(self, node: Node) -> Node:
@@ -193,6 +193,9 @@ class Editor:
             self.rewired.update(old.replace_all_uses_with(new))
             self.substitutes[old] = new
             facts.forget(new)
+        for node in (*built.added, *(user for new in built.replacement.values() for user in new.users)):
+            if any(node < operand for operand in node.all_input_nodes):
+                raise PlanError(f"{node.name} would read what is computed after it; this is a fault of the engine")
         gone: list[str] = []
         for node in reversed(built.match.nodes):  # readers stand after what they read
             if node.op != "call_function" or node._erased:
@@ -261,7 +264,7 @@ class Editor:
     def _mark(self, node: Node) -> Node:
         self._added.append(node)
         if self._marks is not None:
-            node.meta |= self._marks.metadata()
+            node.meta.update(self._marks.metadata())
         return node
 
 

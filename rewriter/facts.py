@@ -362,7 +362,9 @@ class Facts:
 
     def _collect_writers(self) -> dict[Node, list[Node]]:
         table: dict[Node, list[Node]] = {}
-        for node in self.graph.nodes:
+        called = {target for op, target in self.graph._find_nodes_lookup_table.table if op == "call_function"}
+        writing = [t for t in called if isinstance(t, HigherOrderOperator) or (isinstance(t, OpOverload) and may_write(t))]
+        for node in sorted(self.calls(writing)):
             roots = {root for value in self.written(node) for root in self.alias_roots(value)}
             for root in roots:
                 table.setdefault(root, []).append(node)

@@ -10,14 +10,17 @@ look-ups. Anything else, and everything printed for reading, is left to torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen, PythonCode, _format_target, _Namespace
+from torch.fx.graph_module import _forward_from_src
 
 _OPS = ("placeholder", "get_attr", "call_function", "output")
+_VARIABLE = re.compile(r"v\d+")
 _LITERALS = frozenset({int, bool, str, type(None)})
 
 
@@ -40,18 +43,40 @@ def _is_plain(node: Node) -> bool:
     return node.op in _OPS and node.type is None
 
 
+class FlatModule(GraphModule):
+    """A graph module that compiles without `Graph.python_code`, which renames every node for its own generator first.
+
+    Copies and pickles of it are ordinary graph modules.
+    """
+
+    def recompile(self) -> PythonCode:
+        nodes = list(self._graph.nodes)
+        if "forward" not in vars(type(self)) or not all(map(_is_plain, nodes)):
+            return super().recompile()  # sets up calling, the first time
+        code = _Function(nodes, "self").code()
+        self._code, self._lineno_map, self._prologue_start = code.src, code._lineno_map, code._prologue_start
+        type(self).forward = _forward_from_src(code.src, code.globals, {})
+        return code
+
+
 class _Function:
-    """The function of one list of nodes."""
+    """The function of one list of nodes.
+
+    A value is kept in a variable until its last use, and the result of that use takes the variable over: so values are
+    released as early as by `del`, which is left for what dies beside it, and the text is a third shorter.
+    """
 
     def __init__(self, nodes: list[Node], root: str) -> None:
         self.nodes, self.root = nodes, root
         self.globals: dict[str, Any] = {"torch": torch}
         self.names: dict[Any, str] = {}  # operator -> its global name
-        self.taken = {node.name for node in nodes} | {root, "torch", "slice"}
+        self.variables: dict[Node, str] = {n: n.name for n in nodes if n.op == "placeholder"}
+        self.free: list[str] = []
+        self.count = 0
+        self.taken = {root, "torch", "slice", *self.variables.values()}
 
     def code(self) -> PythonCode:
-        arguments = [node.name for node in self.nodes if node.op == "placeholder"]
-        head = f"def forward({', '.join(('self', *arguments))}):"
+        head = f"def forward({', '.join(('self', *self.variables.values()))}):"
         indexed = list(self._lines())
         body = [f"    {line}" for _, line in indexed] or ["    pass"]
         # torch expects two empty lines and counts from the head, for tracebacks that show the node.
@@ -59,20 +84,34 @@ class _Function:
         return PythonCode("\n".join(("\n\n", head, *body)), self.globals, _lineno_map=lines, _prologue_start=4)
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        released = _last_uses(self.nodes)
+        last = _last_uses(self.nodes)
         for index, node in enumerate(self.nodes):
             if node.op == "output":
                 yield index, f"return {self._value(node.args[0])}"
                 continue
             if node.op == "placeholder":
                 continue
-            free = "".join(f"{dead.name} = " for dead in released.get(node, ()))
             made = self._call(node) if node.op == "call_function" else _format_target(self.root, str(node.target))
-            yield index, f"{node.name} = {made}" + (f";  {free}None" if free else "")
+            released = [self.variables.pop(dead) for dead in last.get(node, ())]
+            if not node.users:
+                yield index, made + (f"; del {', '.join(released)}" if released else "")
+                self.free += released
+                continue
+            variable = self.variables[node] = released.pop(0) if released else self._variable()
+            yield index, f"{variable} = {made}" + (f"; del {', '.join(released)}" if released else "")
+            self.free += released
+
+    def _variable(self) -> str:
+        if self.free:
+            return self.free.pop()
+        name = f"v{self.count}"
+        self.count += 1
+        return self._variable() if name in self.taken else name
 
     def _call(self, node: Node) -> str:
         arguments = [self._value(value) for value in node.args]
-        arguments += [f"{name} = {self._value(value)}" for name, value in node.kwargs.items()]
+        if node.kwargs:
+            arguments += [f"{name} = {self._value(value)}" for name, value in node.kwargs.items()]
         return f"{self._operator(node.target)}({', '.join(arguments)})"
 
     def _operator(self, target: Any) -> str:
@@ -83,7 +122,7 @@ class _Function:
         return name
 
     def _global(self, hint: str, value: Any) -> str:
-        name = hint if hint.isidentifier() else f"_{hint}"
+        name = hint if hint.isidentifier() and not _VARIABLE.fullmatch(hint) else f"_{hint}"
         while name in self.taken:
             name += "_"
         self.taken.add(name)
@@ -93,7 +132,7 @@ class _Function:
     def _value(self, value: Any) -> str:
         """An argument as Python text; what has no literal becomes a global."""
         if isinstance(value, Node):
-            return value.name
+            return self.variables[value]
         if type(value) in _LITERALS or (type(value) is float and math.isfinite(value)):
             return repr(value)
         if isinstance(value, tuple) and type(value) is tuple:
@@ -109,15 +148,16 @@ class _Function:
         return self._global("constant", value)
 
 
-def _last_uses(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
-    """For each node, the values nobody reads after it: its operands, or itself where nobody reads it at all."""
+def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
+    """For each node, the operands nobody reads after it."""
     seen: set[Node] = set()
     last: dict[Node, list[Node]] = {}
-    for node in reversed(list(nodes)):
+    for node in reversed(nodes):
+        if node.op == "output":
+            seen.update(node.all_input_nodes)
+            continue
         done = [operand for operand in node.all_input_nodes if operand not in seen]
-        if node not in seen and node.op not in ("output", "placeholder") and not node.users:
-            done.append(node)
-        seen.update(done)
-        if done and node.op != "output":
+        if done:
+            seen.update(done)
             last[node] = done
     return last

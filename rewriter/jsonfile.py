@@ -21,6 +21,7 @@ _FOREIGN = {
     b"PK\x03\x04": "a zip archive, as torch.save writes",
     b"\x89HDF": "an HDF5 file",
 }
+_SAFETENSORS = b"\0\0\0\0{"  # from byte 4: the upper half of the header's 64-bit length (below 4 GiB), and the header
 
 
 def plain(value: Any, error: type[RewriterError], depth: int = 0) -> Json:
@@ -59,7 +60,7 @@ def read(path: Path, limit: int) -> Json:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise LoadError(f"{path}: larger than {limit} bytes")
-    _refuse_foreign(path, content[:8])
+    _refuse_foreign(path, content[:9])
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except LoadError as reason:
@@ -89,7 +90,7 @@ def check_digest(path: Path, expected: Json) -> None:
     if not isinstance(expected, dict) or {k: type(v) for k, v in expected.items()} != fields:
         raise LoadError(f"{path}: its digest in the manifest is malformed")
     with os.fdopen(_open(path), "rb") as file:
-        _refuse_foreign(path, file.read(8))
+        _refuse_foreign(path, file.read(9))
         size = os.fstat(file.fileno()).st_size
     if size != expected["bytes"]:
         raise LoadError(f"{path}: truncated or of another save ({size} bytes, {expected['bytes']} expected)")
@@ -111,6 +112,9 @@ def _open(path: Path) -> int:
 
 
 def _refuse_foreign(path: Path, start: bytes) -> None:
+    """Name the format of a file that is not ours, by its first nine bytes. Raises LoadError."""
+    if start[4:] == _SAFETENSORS:
+        return  # its first four bytes are a length: any number, also one that starts like a pickle
     for magic, kind in _FOREIGN.items():
         if start.startswith(magic):
             raise LoadError(f"{path}: it is {kind}, which is never opened here")

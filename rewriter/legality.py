@@ -124,6 +124,8 @@ def _dtype(facts: Facts, match: Match) -> Iterator[Finding]:
         result = facts.dtype(node)
         if node in match.casts or result is None or not result.is_floating_point:
             continue
+        if all(facts.dtype(operand) in (result, None) for operand in node.all_input_nodes):
+            continue
         for operand in _promoting(facts, node):
             given = facts.dtype(operand)
             if given is not None and given.is_floating_point and given != result:
@@ -134,8 +136,10 @@ def _dtype(facts: Facts, match: Match) -> Iterator[Finding]:
 def _device(facts: Facts, match: Match) -> Iterator[Finding]:
     for node in match.nodes:
         device = facts.device(node)
+        if device is None or all(facts.device(operand) in (device, None) for operand in node.all_input_nodes):
+            continue
         for operand in _promoting(facts, node):
-            if device is not None and facts.device(operand) != device:
+            if facts.device(operand) != device:
                 yield f"{describe(node)} moves {describe(operand)} to {device}", node
 
 

@@ -34,6 +34,7 @@ class Propagation:
     def __init__(self, fake_mode: FakeTensorMode) -> None:
         self.fake_mode = fake_mode
         self._known: dict[Any, Any] = {}
+        self._tensors: dict[int, tuple[Tensor, Any]] = {}  # id -> the tensor, which stays, and its description
 
     def value(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the call yields; nodes among the arguments stand for their values (``meta["val"]``).
@@ -60,11 +61,30 @@ class Propagation:
     def _key(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Equal for calls that yield the same; None where that cannot be told."""
         try:
-            key = (target, _described(args), tuple((name, _described(kwargs[name])) for name in sorted(kwargs)))
+            described = self._described
+            key = (target, described(args), tuple((name, described(kwargs[name])) for name in sorted(kwargs)))
             hash(key)
         except TypeError:
             return None
         return key
+
+    def _described(self, value: Any) -> Any:
+        if isinstance(value, Node):
+            return self._described(value.meta["val"])
+        if isinstance(value, Tensor):
+            known = self._tensors.get(id(value))
+            if known is None:
+                known = self._tensors[id(value)] = value, _description(value)
+            return known[1]
+        if isinstance(value, (tuple, list)):
+            return tuple([self._described(item) for item in value])
+        if isinstance(value, _SYMBOLS):
+            return type(value), value.node.expr
+        return type(value), value  # 1, 1.0 and True are three constants
+
+
+def _description(value: Tensor) -> Any:
+    return value.dtype, value.device, value.layout, value.requires_grad, _sizes(value.shape), _sizes(value.stride())
 
 
 def _check_addend(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Tensor) -> None:
@@ -85,18 +105,6 @@ def _is_repeatable(target: Any) -> bool:
     if not isinstance(target, OpOverload) or viewed(target):
         return False
     return not any(tag in target.tags for tag in _OWN_SIZES)
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, Node):
-        return _described(value.meta["val"])
-    if isinstance(value, Tensor):
-        return (value.dtype, value.device, value.layout, value.requires_grad, _sizes(value.shape), _sizes(value.stride()))
-    if isinstance(value, (tuple, list)):
-        return tuple([_described(item) for item in value])
-    if isinstance(value, _SYMBOLS):
-        return type(value), value.node.expr
-    return type(value), value  # 1, 1.0 and True are three constants
 
 
 def _sizes(sizes: Any) -> tuple[Any, ...]:

@@ -56,7 +56,6 @@ def rewrite(program: Program, rules: Sequence[Rule | Pass], *, seed: int = 0, ro
         return [edit for edit in session.carry_out(rule, prepared) if edit is not None]
 
     to_fixpoint(session.editor, flat, stage, rounds)
-    program.graph.lint()
     program.rebind()
     return tuple(session.editor.journal)
 

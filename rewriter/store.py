@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from rewriter.flatcode import FlatCode
+from rewriter.flatcode import FlatCode, FlatModule
 
 CONSTANTS = "_constants"  # namespace of the tensors a program lifted out of the model's code; one per program
 
@@ -121,7 +121,7 @@ def bind(
 
     Without ``compile`` it can be searched and edited, not called: compiling takes as long as everything else together.
     """
-    module = GraphModule(nn.Module(), Graph())
+    module = FlatModule(nn.Module(), Graph())
     module.__dict__["_parameters"] = root._parameters
     module.__dict__["_buffers"] = root._buffers
     for name, child in root._modules.items():

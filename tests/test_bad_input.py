@@ -37,7 +37,7 @@ def test_an_unknown_pass_names_the_nearest() -> None:
     message = refusal(PlanError, mlp(), ["shift_ad"], X)
     assert "unknown pass 'shift_ad'" in message
     assert "nearest: shift_add" in message
-    assert "fuse, shift_add, vq_logits" in message
+    assert "known: canonical, fold, fuse, shift_add, simplify, vq_logits" in message
 
 
 def test_an_unknown_option_names_the_nearest() -> None:

@@ -12,6 +12,7 @@ import importlib
 import multiprocessing as mp
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -87,19 +88,26 @@ def _serve(side: str, pipe: Connection) -> None:
     import torch
     from torch.fx import GraphModule
 
+    from rewriter.flatcode import FlatModule
+
     torch.set_num_threads(1)
-    spent = 0.0
-    recompile = GraphModule.recompile
+    spent, depth = 0.0, 0
 
-    def timed(self: GraphModule) -> Any:
-        nonlocal spent
-        start = time.process_time()
-        try:
-            return recompile(self)
-        finally:
-            spent += time.process_time() - start
+    def timed(recompile: Callable[[GraphModule], Any]) -> Callable[[GraphModule], Any]:
+        def call(self: GraphModule) -> Any:
+            nonlocal spent, depth
+            depth += 1
+            start = time.process_time()
+            try:
+                return recompile(self)
+            finally:
+                depth -= 1
+                spent += 0.0 if depth else time.process_time() - start
 
-    GraphModule.recompile = timed  # type: ignore[method-assign]
+        return call
+
+    for kind in (GraphModule, FlatModule):
+        kind.recompile = timed(kind.recompile)  # type: ignore[method-assign]
     module, name = SIDES[side]
     one = getattr(importlib.import_module(module), name)()
     while True:

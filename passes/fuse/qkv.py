@@ -9,8 +9,9 @@ from typing import ClassVar
 from rewriter.matcher import Match, Miss
 from rewriter.passes.fuse.merge import MergeLinears
 from rewriter.program import Program
+from rewriter.rules import provenance
 from rewriter.views import QKV
-from rewriter.views.qkv import joined
+from rewriter.views.qkv import attentions_fed, joined
 
 
 class FuseQKV(MergeLinears):
@@ -21,7 +22,10 @@ class FuseQKV(MergeLinears):
     members: ClassVar[tuple[str, ...]] = ("q", "k", "v")
 
     def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
-        return QKV.find(program), [m for m in QKV.explain(program) if m.node is not None]
+        made = [node for node in program.graph.nodes if provenance(node).get("rule") == self.name]
+        done = attentions_fed(program.facts, made) if made else ()  # one linear, because this rule was here
+        misses = [m for m in QKV.explain(program) if m.node is not None and m.node not in done]
+        return QKV.find(program), misses
 
     def regroup(self, linears: Mapping[str, Match]) -> Match:
         return joined(linears, None)

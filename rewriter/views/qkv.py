@@ -12,7 +12,7 @@ another input (cross attention). The outputs are the linears' results in the ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from torch.fx import Node
@@ -30,7 +30,7 @@ ROLES = ("q", "k", "v")
 _BETWEEN = frozenset(
     "view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute contiguous clone alias expand"
     " slice select to _to_copy type_as add sub mul div neg cat stack cos sin pow mean rsqrt rms_norm layer_norm"
-    " repeat_interleave getitem split chunk unbind dropout".split()
+    " repeat_interleave getitem split split_with_sizes chunk unbind dropout".split()
 )
 # No projection is farther from its attention than this many nodes; others need not be followed to the end.
 _REACH = 64
@@ -50,10 +50,7 @@ def _explain(facts: Facts) -> list[Miss]:
 
 def _groups(facts: Facts) -> tuple[list[Match], list[Miss]]:
     attentions = ATTENTION.find(facts)
-    inputs: dict[Node, set[tuple[Node, str]]] = {}
-    for attention in attentions:
-        for role in ROLES:
-            inputs.setdefault(attention[role], set()).add((attention.root, role))
+    inputs = _inputs(attentions)
     fed: dict[tuple[Node, str], list[Match]] = {}
     for linear in LINEAR.find(facts):
         for place in _places_fed(facts, linear.root, inputs):
@@ -67,6 +64,21 @@ def _groups(facts: Facts) -> tuple[list[Match], list[Miss]]:
         else:
             misses.append(miss_at(facts, "qkv", attention.root, result))
     return sorted(found, key=lambda match: facts.position(match.root)), misses
+
+
+def attentions_fed(facts: Facts, values: Iterable[Node]) -> set[Node]:
+    """The roots of the attentions whose q, k or v one of ``values`` becomes, through head-wise work only."""
+    inputs = _inputs(ATTENTION.find(facts))
+    return {root for value in values for root, _ in _places_fed(facts, value, inputs)}
+
+
+def _inputs(attentions: Iterable[Match]) -> dict[Node, set[tuple[Node, str]]]:
+    """The (attention, role) pairs each value is read as."""
+    inputs: dict[Node, set[tuple[Node, str]]] = {}
+    for attention in attentions:
+        for role in ROLES:
+            inputs.setdefault(attention[role], set()).add((attention.root, role))
+    return inputs
 
 
 def _places_fed(facts: Facts, start: Node, inputs: Mapping[Node, set[tuple[Node, str]]]) -> set[tuple[Node, str]]:

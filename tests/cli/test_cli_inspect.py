@@ -29,9 +29,28 @@ def test_passes_are_listed_with_contract_and_options(run: Run) -> None:
     assert all(name in text for name in found)
 
 
-@pytest.mark.parametrize("name", ["fuse", "shift_add", "vq_logits"])
+@pytest.mark.parametrize(
+    ("name", "contract", "summary"),
+    [
+        ("canonical", "EXACT", "Replace written-out norms, activations, softmaxes and losses by single operators."),
+        ("fold", "EXACT", "Fold norms and linears into the linears next to them; new weights are computed in float64"),
+        ("fuse", "EXACT", "Fuse written-out attention into one operator, and q, k, v or gate, up linears of one input"),
+        ("shift_add", "CALIBRATED", "Store linear weights as sums of signed bases (bcq) or signed powers of two (pot)"),
+        ("simplify", "EXACT", "Remove what computes nothing new."),
+        ("vq_logits", "CALIBRATED", "Replace the vocabulary head by a codebook: logits from sums of table look-ups"),
+    ],
+)
+def test_passes_says_what_each_one_promises_and_does(run: Run, name: str, contract: str, summary: str) -> None:
+    lines = [line.strip() for line in readable(done(run("passes")))]
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == [name, contract])
+    first = lines[start].removeprefix(name).strip().removeprefix(contract)
+    assert " ".join(f"{first} {' '.join(lines[start + 1 :])}".split()).startswith(summary)  # over one or two lines
+
+
+@pytest.mark.parametrize("name", rewriter.passes.available())  # type: ignore[attr-defined]
 def test_every_option_of_a_pass_is_explained(run: Run, name: str) -> None:
     options = data(run("passes", name, "--json"))["options"]
+    assert options
     assert all(option["meaning"] for option in options)
     text = done(run("passes", name))
     readable(text)
@@ -57,7 +76,7 @@ def test_every_option_of_optimize_has_a_flag() -> None:
 
 def test_help_shows_every_command_and_examples(run: Run) -> None:
     text = done(run("--help"))
-    commands = "inspect plan apply optimize diff verify passes export".split()
+    commands = "inspect explain plan apply optimize diff verify passes export".split()
     assert all(f" {c} " in text for c in commands)
     for command in commands:
         help_text = done(run(command, "--help"))
@@ -76,9 +95,13 @@ def test_inspect_shows_the_tree_with_sizes_and_what_could_be_taken(run: Run, fol
     assert "4,096" in q
     assert "8.19 kB" in q  # 64 × 64 fp16, though computed in float32
     assert "fuse, shift_add" in q
+    (gate,) = [line for line in lines if "gate_proj" in line]
+    assert "fuse, shift_add" in gate
     (head,) = [line for line in lines if "lm_head" in line]
     assert "vq_logits" in head
-    assert any("fuse: 2 sites" in line and "shift_add: 16 sites" in line for line in lines)
+    # q, k, v and gate, up in two layers; seven linears in each, the head and the embedding
+    assert any("fuse: 4 sites" in line and "shift_add: 16 sites" in line for line in lines)
+    assert not any("fuse.qkv" in line for line in lines), "what a rule takes is not what it left alone"
 
 
 def test_inspect_as_json_lists_every_layer(run: Run, folder: Path) -> None:
@@ -120,10 +143,15 @@ def test_plan_is_shown_by_rule_and_written_as_json(run: Run, folder: Path, tmp_p
     out = tmp_path / "plan.json"
     lines = readable(done(run("plan", folder, "-p", ALL, "--out", out)))
     assert any(line.startswith("shift_add.linear · ") for line in lines)
-    assert any("model.layers.{0…1}.mlp.gate_proj" in line and line.rstrip().endswith("×2") for line in lines)
+    for merged in ("self_attn.qkv_proj", "mlp.gate_up_proj"):  # made by fuse, and taken again by shift_add
+        rows = [line for line in lines if f"model.layers.{{0…1}}.{merged}" in line]
+        assert len(rows) == 2 and all(line.rstrip().endswith("×2") for line in rows), rows
+    skipped = [line.split()[:2] for line in lines[lines.index("skipped") :] if line.startswith((" fuse", " shift_add"))]
+    assert skipped == [["shift_add.linear", "lm_head"]]
     stored = json.loads(out.read_text())
     assert {site["rule"] for site in stored["sites"]} == {
         "fuse.qkv",
+        "fuse.gate_up",
         "shift_add.linear",
         "shift_add.embedding",
         "vq_logits.head",
@@ -155,7 +183,8 @@ def test_diff_shows_before_and_after_side_by_side(run: Run, folder: Path) -> Non
 
 def test_diff_as_json_keeps_every_node(run: Run, folder: Path) -> None:
     found = data(run("diff", folder, "-p", "fuse", "--json"))
-    assert [site["path"] for site in found["sites"]] == [f"model.layers.{i}.self_attn.qkv_proj" for i in (0, 1)]
+    made = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+    assert [site["path"] for site in found["sites"]] == [f"model.layers.{i}.{name}" for i in (0, 1) for name in made]
     first = found["sites"][0]
     assert [n["op"] for n in first["removed"]].count("aten.linear.default") == 3
     (linear,) = [n for n in first["added"] if n["op"] == "aten.linear.default"]
@@ -163,6 +192,9 @@ def test_diff_as_json_keeps_every_node(run: Run, folder: Path) -> None:
     assert {n["name"] for n in first["removed"] if n["op"] == "aten.linear.default"} <= {
         o.partition(":")[0] for o in linear["origin"]
     }
+    second = found["sites"][1]
+    assert [n["op"] for n in second["removed"]].count("aten.linear.default") == 2
+    assert [n["rule"] for n in second["added"] if n["op"] == "aten.linear.default"] == ["fuse.gate_up"]
 
 
 def test_diff_of_a_place_that_did_not_change_is_refused(run: Run, folder: Path) -> None:

@@ -535,6 +535,27 @@ def test_pickles_are_never_opened(tmp_path: Path, name: str, protocol: int | str
     assert not marker.exists()
 
 
+def test_no_length_of_the_header_makes_our_own_file_a_foreign_one(tmp_path: Path) -> None:
+    """A safetensors file starts with that length: one in 32 of them with the byte that pickles start with."""
+    starts = set()
+    for length in range(1, 257, 8):
+        tensors = contents()["tensors"] | {"n" * length: torch.arange(3.0)}
+        folder = write_tiny(tmp_path / str(length), tensors=tensors)
+        starts.add((folder / "model.safetensors").read_bytes()[0])
+        assert torch.equal(read(folder).tensors["n" * length], torch.arange(3.0))
+    assert starts == set(range(0, 256, 8))
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02\0\0", b"PK\x03\x04", b"\x89HDF"])
+def test_a_start_is_foreign_unless_it_is_the_length_of_a_header(tmp_path: Path, start: bytes) -> None:
+    ours, foreign = tmp_path / "ours", tmp_path / "foreign"
+    ours.write_bytes(start + b"\0\0\0\0{}")
+    foreign.write_bytes(start + b"\r\n\x1a\n{}")
+    jsonfile.check_digest(ours, jsonfile.digest(ours))
+    with pytest.raises(LoadError, match="never opened here"):
+        jsonfile.check_digest(foreign, jsonfile.digest(foreign))
+
+
 def graph_of(document: dict[str, Any]) -> Any:
     return document["programs"][0]["graph"]
 
