@@ -244,8 +244,8 @@ class Facts:
 
     def is_random(self, node: Node) -> bool:
         """Whether the node draws random numbers *as it is called*: dropout in evaluation does not."""
-        if any(body.is_random(inner) for body in self.bodies(node) for inner in body.graph.nodes):
-            return True
+        if isinstance(node.target, HigherOrderOperator):
+            return any(body.is_random(inner) for body in self.bodies(node) for inner in body.graph.nodes)
         if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
             return False
         arguments = self.arguments(node)
@@ -303,10 +303,13 @@ class Facts:
 
     def written(self, node: Node) -> tuple[Node, ...]:
         """The arguments the node writes to, by schema (``Tensor(a!)``) and the known lies."""
-        if isinstance(node.target, HigherOrderOperator):
+        if isinstance(node.target, OpOverload):
+            if not may_write(node.target):
+                return ()
+        elif isinstance(node.target, HigherOrderOperator):
             writes = any(_writes_input(body) for body in self.bodies(node))
             return tuple(n for n in node.all_input_nodes if self.shape(n) is not None) if writes else ()
-        if not isinstance(node.target, OpOverload) or not may_write(node.target):
+        else:
             return ()
         arguments = self.arguments(node)
         return tuple(n for name in written(node.target, arguments) for n in nodes_in(arguments.get(name)))

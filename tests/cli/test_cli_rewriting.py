@@ -87,8 +87,10 @@ def test_the_report_names_every_site_with_rule_contract_bytes_and_error(optimize
         path = site["created"][0].rpartition(".")[0]
         rows = [line.split() for line in lines if line.split()[:1] == [path]]
         assert rows, f"{path} has no line of its own"
-    (row,) = [line.split() for line in lines if line.split()[:1] == ["model.layers.0.mlp.gate_up_proj"]]
-    site = next(s for s in optimized["report"]["sites"] if s["created"][0].startswith("model.layers.0.mlp.gate_up_proj"))
+    gate_up = "model.layers.0.mlp.gate_up_proj"  # first merged, then stored as shifts and additions
+    _, row = [line.split() for line in lines if line.split()[:1] == [gate_up]]
+    _, site = [s for s in optimized["report"]["sites"] if s["created"][0].startswith(gate_up)]
+    assert site["rule"] == "shift_add.linear"
     assert row[1:3] == ["24.58", "kB"]  # 192 × 64 fp16
     assert f"{100 * site['figures']['weight_error']:.1f}" in row
     assert any("taken by vq_logits.head" in line for line in lines)

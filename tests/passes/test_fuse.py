@@ -137,6 +137,28 @@ def test_only_the_linears_of_one_input_are_merged() -> None:
     rewriter.verify(opt.original_program(), opt.program, [(sample(),)]).raise_if_failed()
 
 
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_what_a_rule_merged_is_not_what_it_left_alone(kind: str) -> None:
+    """GPT-2's layers come merged; those of the others are, and are no misses of the rule that did it."""
+    reasons = [miss.reason for miss in kinds.optimized(kind, "fuse").plan.misses if miss.rule == "fuse.qkv"]
+    assert set(reasons) == ({"q, k and v already come from one linear"} if kind == "gpt2" else set())
+
+
+@pytest.mark.parametrize("split", [4, [4, 4, 4]], ids=["equal", "sizes"])
+def test_a_packed_linear_is_known_however_it_is_split(split: int | list[int]) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(*self.qkv(x).split(split, -1))
+
+    plan = rewriter.plan(rewriter.capture(Packed().eval(), (torch.rand(2, 3, 4),)), ["fuse"])
+    (miss,) = [miss for miss in plan.misses if miss.rule == "fuse.qkv"]
+    assert not plan.sites and miss.reason == "q, k and v already come from one linear"
+
+
 def test_a_mask_with_minus_infinity_is_handed_on_where_every_row_sees_a_key() -> None:
     opt = fused(Attention(mask="infinite").eval())
     assert "fuse.attention" in rules(opt)  # where a row may see none: test_fuse_masks.py
