@@ -27,6 +27,7 @@ from rewriter.matcher import Match
 from rewriter.program import Program
 from rewriter.propagation import Propagation
 from rewriter.rules import Site, provenance
+from rewriter.slices import Region
 
 _METADATA_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
@@ -225,6 +226,9 @@ class Editor:
                 return self._current(value)
             if isinstance(value, tuple):
                 return tuple(map(present, value))
+            if isinstance(value, Region):
+                exit = self.resolve(value.exit)
+                return value if exit is value.exit else dataclasses.replace(value, exit=exit)
             return self.resolve(value) if isinstance(value, Node) else value
 
         captures = {name: present(value) for name, value in match.captures.items()}

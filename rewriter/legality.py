@@ -27,6 +27,7 @@ from torch.fx import Node
 from rewriter.facts import Facts
 from rewriter.matcher import Match, Miss
 from rewriter.schemas import describe
+from rewriter.slices import Region
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ def _captured_nodes(match: Match) -> Iterator[Node]:
             yield value
         elif isinstance(value, Match):
             pending.extend(value.captures.values())
+        elif isinstance(value, Region):
+            yield value.exit
         elif isinstance(value, (tuple, list)):
             pending.extend(value)
 
