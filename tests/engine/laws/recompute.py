@@ -52,6 +52,9 @@ class Recompute(Rule):
         new: dict[Node, Node] = {}
         kinds = self.pattern.transparent
         for node in match.nodes:
+            if node._erased:  # looked past, and an earlier site of this stage put something in its place
+                new[node] = edit.resolve(node)
+                continue
             through = any(node.target in kind.targets and kind.test(edit.program.facts, node) for kind in kinds)
             if through and node not in match.outputs:
                 behind = node.all_input_nodes[0]
@@ -73,7 +76,8 @@ class RecomputePass(Pass):
     contract: ClassVar[Contract] = EXACT
 
     def rules(self) -> tuple[Rule, ...]:
-        return (Recompute(PATTERNS[self.key]),)
+        made = PATTERNS.get(self.key)  # none under the default key, with which others list the passes there are
+        return () if made is None else (Recompute(made),)
 
 
 def recompute(pattern: Pattern) -> RecomputePass:
