@@ -69,7 +69,7 @@ class _Function:
     def __init__(self, nodes: list[Node], root: str) -> None:
         self.nodes, self.root = nodes, root
         self.globals: dict[str, Any] = {"torch": torch}
-        self.names: dict[Any, str] = {}  # operator -> its global name
+        self.names: dict[int, str] = {}  # id of an operator (cheaper than its hash) -> its global name
         self.variables: dict[Node, str] = {n: n.name for n in nodes if n.op == "placeholder"}
         self.free: list[str] = []
         self.count = 0
@@ -109,16 +109,17 @@ class _Function:
         return self._variable() if name in self.taken else name
 
     def _call(self, node: Node) -> str:
-        arguments = [self._value(value) for value in node.args]
+        known = self.variables
+        arguments = [known[value] if value.__class__ is Node else self._value(value) for value in node.args]
         if node.kwargs:
             arguments += [f"{name} = {self._value(value)}" for name, value in node.kwargs.items()]
         return f"{self._operator(node.target)}({', '.join(arguments)})"
 
     def _operator(self, target: Any) -> str:
-        name = self.names.get(target)
+        name = self.names.get(id(target))
         if name is None:
             written = str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "function")
-            name = self.names[target] = self._global("".join(c if c.isalnum() else "_" for c in written), target)
+            name = self.names[id(target)] = self._global("".join(c if c.isalnum() else "_" for c in written), target)
         return name
 
     def _global(self, hint: str, value: Any) -> str:
