@@ -22,7 +22,8 @@ class Witness:
     def __init__(self, graph: Graph, nodes: Sequence[Node], roots: Sequence[Node]) -> None:
         self.graph, self.nodes, self.roots = graph, nodes, roots
         self.length = len(graph.nodes)
-        self.calls = [(node, node.target, node.args, node.kwargs) for node in nodes]
+        # A node looked past may be gone already: an earlier site of this stage put something in its place.
+        self.calls = [(node, node.target, node.args, node.kwargs) for node in nodes if not node._erased]
         self.readers = [len(root.users) for root in roots]
 
     def complaint(self, replacement: Mapping[Node, Node], added: Sequence[Node], tensors: Collection[str]) -> str | None:
