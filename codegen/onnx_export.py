@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.codegen import onnx_model
-from rewriter.codegen.onnx_functions import DOMAIN, MIN_IR_VERSION, VERSION
 from rewriter.codegen.onnx_lowering import Traced, trace
+from rewriter.codegen.onnx_operator import DOMAIN, MIN_IR_VERSION, VERSION
 from rewriter.errors import ExportError
 from rewriter.files import atomic_file, check_writable
 from rewriter.version import __version__

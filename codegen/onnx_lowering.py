@@ -19,98 +19,13 @@ from torch.fx import traceback
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from rewriter import store
-from rewriter.codegen.onnx_functions import DOMAIN, VERSION
+from rewriter.codegen.onnx_functions import FAMILIES
 from rewriter.errors import ExportError
 from rewriter.kernels.spec import NAMESPACE, REGISTRY
-from rewriter.kernels.vq_logits.reference import product_logits
-
-_ONNX_DTYPE = {torch.float32: 1, torch.float16: 10, torch.float64: 11, torch.bfloat16: 16}  # onnx.TensorProto
-
-
-# -- one operator, one node --------------------------------------------------------------------------------------
-
-
-def _node(
-    name: str,
-    inputs: Sequence[Tensor | None],
-    attributes: dict[str, Any],
-    dtype: torch.dtype,
-    shape: Sequence[Any],
-) -> Tensor:
-    node: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, attributes, dtype=dtype, shape=tuple(shape), version=VERSION
-    )
-    return node
-
-
-def _compute(*tensors: Tensor) -> int:
-    """Decoding arithmetic as an ONNX type: float32, or float64 as soon as one of the tensors is float64."""
-    wide = any(t.dtype is torch.float64 for t in tensors)
-    return _ONNX_DTYPE[torch.float64 if wide else torch.float32]
-
-
-def bcq_linear(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    in_features: int,
-) -> Tensor:
-    attributes = {"group": group, "in_features": in_features, "compute": _compute(x, scale)}
-    inputs = (x, codes, scale, shift, bias)
-    return _node("BcqLinear", inputs, attributes, x.dtype, (*x.shape[:-1], codes.shape[0]))
-
-
-def bcq_embedding(
-    ids: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, in_features: int
-) -> Tensor:
-    attributes = {"group": group, "in_features": in_features, "compute": _compute(scale)}
-    attributes["dtype"] = _ONNX_DTYPE[scale.dtype]
-    return _node("BcqEmbedding", (ids, codes, scale, shift), attributes, scale.dtype, (*ids.shape, in_features))
-
-
-def pot_linear(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    terms: int,
-    group: int,
-    in_features: int,
-) -> Tensor:
-    attributes = {"bits": bits, "terms": terms, "group": group, "in_features": in_features}
-    attributes["compute"] = _compute(x, scale)
-    inputs = (x, codes, scale, bias)
-    return _node("PotLinear", inputs, attributes, x.dtype, (*x.shape[:-1], codes.shape[0]))
-
-
-def pot_embedding(
-    ids: Tensor, codes: Tensor, scale: Tensor, bits: int, terms: int, group: int, in_features: int
-) -> Tensor:
-    attributes = {"bits": bits, "terms": terms, "group": group, "in_features": in_features}
-    attributes |= {"compute": _compute(scale), "dtype": _ONNX_DTYPE[scale.dtype]}
-    return _node("PotEmbedding", (ids, codes, scale), attributes, scale.dtype, (*ids.shape, in_features))
-
-
-def vq_logits_tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
-    inputs = (h, codebook, code_of, token_bias)
-    return _node("VqLogitsTiers", inputs, {}, h.dtype, (*h.shape[:-1], code_of.shape[0]))
-
-
-def vq_logits_product(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
-    if not is_concrete_int(h.shape[-1]):  # a head captured alone, its input's width free within the last group
-        return product_logits(h, codebook, codes, bias)
-    inputs = (h, codebook, codes, bias)
-    return _node("VqLogitsProduct", inputs, {"width": int(h.shape[-1])}, h.dtype, (*h.shape[:-1], codes.shape[0]))
-
 
 # Operator (by schema name) -> what stands for it; argument names are the operator's own.
 LOWERINGS: Mapping[str, Callable[..., Tensor]] = {
-    f"{NAMESPACE}::{function.__name__}": function
-    for function in (bcq_linear, bcq_embedding, pot_linear, pot_embedding, vq_logits_tiers, vq_logits_product)
+    f"{NAMESPACE}::{name}": function for family in FAMILIES for name, function in family.LOWERINGS.items()
 }
 
 

@@ -17,7 +17,8 @@ import onnx_ir.passes.common as common
 import torch
 from onnxscript import optimizer
 
-from rewriter.codegen.onnx_functions import CAST_INSIDE, DOMAIN, function_protos, overload_of
+from rewriter.codegen.onnx_functions import OPERATORS, function_protos, overload_of
+from rewriter.codegen.onnx_operator import DOMAIN
 from rewriter.narrow import fits_float16
 
 PATH_KEY = "rewriter.path"
@@ -132,7 +133,7 @@ def narrow(model: ir.Model) -> int:
     saved = 0
     for name, value in list(model.graph.initializers.items()):
         tensor, uses = value.const_value, list(value.uses())
-        inside = all(node.domain == DOMAIN and i in CAST_INSIDE[node.op_type] for node, i in uses)
+        inside = all(node.domain == DOMAIN and i in OPERATORS[node.op_type].casts for node, i in uses)
         if tensor is None or not uses or value.is_graph_output():
             continue
         if tensor.size < _NARROW_FROM_ELEMENTS and not inside:

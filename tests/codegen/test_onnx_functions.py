@@ -25,7 +25,8 @@ from onnx_sites import (
 )
 from torch import Tensor, nn
 
-from rewriter.codegen.onnx_functions import DOMAIN, MIN_IR_VERSION, VERSION, function_protos, overload_of
+from rewriter.codegen.onnx_functions import function_protos, overload_of
+from rewriter.codegen.onnx_operator import DOMAIN, MIN_IR_VERSION, VERSION
 
 FLOAT = TensorProto.FLOAT
 OPSETS = range(20, 26)
