@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator `rewriter::additive_attention`. Importing this module registers it with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from rewriter.kernels.shift_attention import reference
+from rewriter.kernels.spec import Cost, KernelSpec
+
+SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? gain, Tensor? conv) -> Tensor"
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, gain: Tensor | None, conv: Tensor | None) -> Tensor:
+    reference.check(q, k, v, keep, gain, conv)
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+    """Examples of one batch do not see each other, so a batched q, k, v, keep is a larger batch."""
+    activations, parameters = range(4), range(4, 6)
+    if any(in_dims[i] is not None for i in parameters):
+        calls = (
+            [a if d is None else a.select(d, n) for a, d in zip(args, in_dims, strict=True)]
+            for n in range(info.batch_size)
+        )
+        return torch.stack([additive_attention(*example) for example in calls]), 0
+    flat = list(args)
+    for i in activations:
+        if args[i] is not None:
+            alike = in_dims[i] is None
+            examples = args[i].expand(info.batch_size, *args[i].shape) if alike else args[i].movedim(in_dims[i], 0)
+            flat[i] = examples.flatten(0, 1)
+    return additive_attention(*flat).unflatten(0, (info.batch_size, -1)), 0
+
+
+def _cost(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, gain: Tensor | None, conv: Tensor | None) -> Cost:
+    """Additions where a bit is set, half of them on average; linear in the number of tokens."""
+    tokens, dim, width = q.numel() // q.shape[-1], q.shape[-1], v.shape[-1]
+    additions = 2 * tokens * dim * width // 2 + tokens * width * (4 + (0 if conv is None else 2 * conv.shape[1]))
+    read = sum(t.numel() * t.element_size() for t in (q, k, v, keep, gain, conv) if t is not None)
+    return Cost(additions, read, tokens * width * q.element_size())
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return reference.gradients(grad, *ctx.saved_tensors, needs=ctx.needs_input_grad)
+
+
+additive_attention: OpOverload = KernelSpec(
+    name="additive_attention",
+    schema=SCHEMA,
+    reference=reference.additive_attention,
+    fake=_fake,
+    setup_context=_save,
+    backward=_backward,
+    vmap=_vmap,
+    cost=_cost,
+    autocast=("q", "k", "v"),
+).register()
