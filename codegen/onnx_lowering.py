@@ -2,7 +2,7 @@
 """A graph of the dialect becomes an ``ExportedProgram`` whose rewriter operators are ONNX nodes.
 
 The graph is traced again node by node, so that every new node keeps the module path of the node it comes from. An
-operator with an ONNX function becomes one symbolic ``ai.rewriter`` node; one without is traced as its aten reference.
+operator with an ONNX function becomes one symbolic ``ai.rewriter`` node; one without is traced as its aten decomposition.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _replacement(target: Any, opset: int) -> Callable[..., Any] | None:
         return _attention if opset >= _ATTENTION_OPSET else _attention_by_parts
     lowering = LOWERINGS.get(target._schema.name)
     if lowering is None and target in REGISTRY:
-        return REGISTRY[target].reference
+        return REGISTRY[target].decomposition or REGISTRY[target].reference
     return lowering
 
 

@@ -49,6 +49,8 @@ class KernelSpec:
         cost: work of one call, from the same arguments.
         autocast: names of the activation arguments that autocast casts to its dtype (as it does for ``linear``).
         launch: kernel for CUDA/HIP devices, or None while only the reference exists.
+        decomposition: what compilers and exporters inline, tested equal to the reference. Needed only where the
+            reference cannot be traced with dynamic sizes (a loop over chunks of the sequence); default: the reference.
     """
 
     name: str
@@ -61,6 +63,7 @@ class KernelSpec:
     cost: Callable[..., Cost]
     autocast: tuple[str, ...] = ()
     launch: Callable[..., Any] | None = None
+    decomposition: Callable[..., Any] | None = None
 
     def register(self) -> OpOverload:
         """Define the operator with torch (once per process) and return its overload."""
@@ -83,8 +86,8 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """The project-wide decomposition table: operator -> aten reference."""
-    return {op: spec.reference for op, spec in REGISTRY.items()}
+    """The project-wide decomposition table: operator -> plain aten, traceable with dynamic sizes."""
+    return {op: spec.decomposition or spec.reference for op, spec in REGISTRY.items()}
 
 
 def _register_autocast(op: OpOverload, names: tuple[str, ...]) -> None:

@@ -7,9 +7,11 @@ from rewriter.passes.canonical import Canonical
 from rewriter.passes.fold import Fold
 from rewriter.passes.fuse import Fuse
 from rewriter.passes.shift_add import ShiftAdd
+from rewriter.passes.shift_add.additive import ShiftAttention
 from rewriter.passes.simplify import Simplify
+from rewriter.passes.tversky import Tversky
 from rewriter.passes.vq_logits import VQLogits
 from rewriter.registry import known as available
 from rewriter.rules import Pass
 
-__all__ = ["Canonical", "Fold", "Fuse", "Pass", "ShiftAdd", "Simplify", "VQLogits", "available"]
+__all__ = ["Canonical", "Fold", "Fuse", "Pass", "ShiftAdd", "ShiftAttention", "Simplify", "Tversky", "VQLogits", "available"]

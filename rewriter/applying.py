@@ -25,7 +25,7 @@ from rewriter.narrow import all_finite
 from rewriter.planner import Plan, PlannedSite, declare, generator_for, stages
 from rewriter.program import Program
 from rewriter.rewriting import disjoint
-from rewriter.rules import Refusals, Rule, Site, full_names, locate
+from rewriter.rules import Refusals, Rule, Site, full_names, locate, module_path
 from rewriter.sizes import stored_bytes
 
 if TYPE_CHECKING:
@@ -197,7 +197,8 @@ def _recall(rule: Rule, program: Program, planned: PlannedSite, misses: Sequence
     matches = rule.recall(program, planned.address, planned.choice)
     if matches and all(rule.refusal(program, m) is None for m in matches):
         return Site(rule, planned.address, tuple(matches), planned.paths)
-    if _reads(program, (*planned.paths, planned.address.path)):
+    runs = not rule.contract.exact and _runs(program, planned.address.path)
+    if runs or _reads(program, (*planned.paths, planned.address.path)):
         raise PlanError(_lost(planned, misses))
     return None
 
@@ -208,12 +209,17 @@ def _reads(program: Program, paths: Sequence[str]) -> bool:
     return any(name.rpartition(".")[0] in paths for name in names)
 
 
+def _runs(program: Program, path: str) -> bool:
+    """Whether the program computes anything in the module at ``path``."""
+    return bool(path) and any(module_path(node) == path for node in program.graph.nodes if node.op == "call_function")
+
+
 def _lost(planned: PlannedSite, misses: Sequence[Miss]) -> str:
     near = [str(m) for m in misses if set(m.site.split(".")) & set(planned.address.path.split("."))]
     reasons = "".join(f"\n  {m}" for m in near[:3])
     return (
-        f"{planned.rule}: {planned.address.path} is not found in the program captured for this call, but its parameters "
-        f"were replaced; undo the site (opt.undo({planned.address.path!r})) or protect it with select={reasons}"
+        f"{planned.rule}: {planned.address.path} is not found in the program captured for this call, but was "
+        f"rewritten; undo the site (opt.undo({planned.address.path!r})) or protect it with select={reasons}"
     )
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from rewriter import store
+from rewriter import curvature, store
 from rewriter.errors import LoadError, PlanError
 from rewriter.files import atomic_file
 from rewriter.program import Program
@@ -30,9 +30,14 @@ SAMPLE_ROWS = 16384
 
 # What a rule can ask for at a node, and how one observed value adds to it.
 #   second_moment  E[x xᵀ] over all rows of x [..., d]: float64 [d, d]
+#   gradient_moment  E[g gᵀ] of the gradient at x: what errors of x cost at the outputs (see `rewriter.curvature`)
 #   sample         up to SAMPLE_ROWS rows of x, evenly thinned: [n, d]
 #   counts         how often each integer value occurred: int64 [max + 1]
-KINDS = ("second_moment", "sample", "counts")
+#   sequences      whole inputs of the batch, evenly thinned to SEQUENCE_TOKENS tokens: [n, ..., length, d] or [n, length]
+# A rule that asks for several values at one site tells them apart after a colon: "sequences:q", "sequences:k".
+KINDS = ("second_moment", "gradient_moment", "sample", "counts", "sequences")
+SEQUENCE_TOKENS = 32768
+_OF_GRADIENT = frozenset({"gradient_moment"})  # these observe the gradient at a node, not its value
 
 
 @dataclass
@@ -87,7 +92,48 @@ class _Counts:
         return self.total if self.total is not None else torch.zeros(0, dtype=torch.int64)
 
 
-_COLLECTORS: dict[str, Callable[[], Any]] = {"second_moment": _Moment, "sample": _Sample, "counts": _Counts}
+@dataclass
+class _Sequences:
+    """Every ``stride``-th input of the batches, the same ones at every node that sees the same batches."""
+
+    parts: list[Tensor] = field(default_factory=list)
+    stride: int = 1
+    seen: int = 0
+
+    def add(self, value: Tensor) -> None:
+        x = value.detach()
+        if self.parts and x.shape[1:] != self.parts[0].shape[1:]:
+            raise PlanError(
+                f"calibration inputs differ in length ({_length(self.parts[0])} and {_length(x)}), and a pass asks for whole "
+                "sequences: cut them to one length"
+            )
+        first = -self.seen % self.stride
+        self.seen += x.shape[0]
+        self.parts.append(x[first :: self.stride].clone())
+        while (kept := sum(map(len, self.parts))) > 1 and kept * _length(x) > SEQUENCE_TOKENS:
+            self.parts, self.stride = [torch.cat(self.parts)[::2].clone()], self.stride * 2
+
+    def result(self) -> Tensor:
+        return torch.cat(self.parts)
+
+
+def _length(x: Tensor) -> int:
+    """Tokens of one sequence: [n, length] or [n, ..., length, d]."""
+    return x.shape[1] if x.dim() == 2 else x.shape[-2]
+
+
+def _collector(kind: str) -> Any:
+    """A new collector of a kind, whatever stands after its colon."""
+    return _COLLECTORS[kind.partition(":")[0]]()
+
+
+_COLLECTORS: dict[str, Callable[[], Any]] = {
+    "second_moment": _Moment,
+    "gradient_moment": _Moment,
+    "sample": _Sample,
+    "counts": _Counts,
+    "sequences": _Sequences,
+}
 
 
 @dataclass(frozen=True)
@@ -159,19 +205,20 @@ def calibrate(
     from rewriter import registry
 
     targets = wanted(program, registry.resolve(passes))
-    collectors = {key: _COLLECTORS[key[0]]() for key in targets}
-    by_node: dict[Node, list[tuple[str, str]]] = {}
+    collectors = {key: _collector(key[0]) for key in targets}
+    values: dict[Node, list[Any]] = {}
+    gradients: dict[Node, list[Any]] = {}
     for key, node in targets.items():
-        by_node.setdefault(node, []).append(key)
+        (gradients if key[0] in _OF_GRADIENT else values).setdefault(node, []).append(collectors[key])
     total = len(data) if isinstance(data, Sized) else 0
     seen = 0
-    observer = _Observer(program, {n: [collectors[k] for k in keys] for n, keys in by_node.items()})
+    observer = _Observer(program, values, gradients)
     for batch in data:
         if progress is not None:
             progress("calibrate", seen, total)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a program in training mode draws random numbers
+        with torch.random.fork_rng(devices=[]):  # a program in training mode draws random numbers
             torch.default_generator.manual_seed(seen)
-            observer.run(*flat_inputs(program, batch))
+            observer.observe(*flat_inputs(program, batch))
         seen += 1
     if seen == 0:
         raise PlanError("calibration data is empty; give at least one input")
@@ -179,19 +226,42 @@ def calibrate(
 
 
 class _Observer(Interpreter):
-    """Runs the graph and shows the values of chosen nodes to their collectors.
+    """Runs the graph and shows the values of chosen nodes, and the gradients at others, to their collectors.
 
     It runs on tensors that are shared until written: a program in training mode updates batch statistics.
     """
 
-    def __init__(self, program: Program, collectors: Mapping[Node, Sequence[Any]]) -> None:
+    def __init__(
+        self, program: Program, values: Mapping[Node, Sequence[Any]], gradients: Mapping[Node, Sequence[Any]]
+    ) -> None:
         super().__init__(program.fork(store.shared(program.root)).graph_module, graph=program.graph)
-        self.collectors = collectors
+        self.values, self.gradients = values, gradients
+        self.vocabulary = curvature.vocabulary(program) if gradients else None
+        self.generator = torch.Generator().manual_seed(0)
+        self.watched: dict[Node, Tensor] = {}
+
+    def observe(self, *inputs: Tensor) -> None:
+        """One run, and a backward pass where gradients are wanted; parameters get none."""
+        with torch.set_grad_enabled(bool(self.gradients)):
+            outputs = self.run(*inputs)
+            probe = curvature.probe(outputs, self.vocabulary, self.generator) if self.gradients else None
+        watched, self.watched = self.watched, {}
+        if probe is None:
+            return
+        found = torch.autograd.grad(probe, list(watched.values()), allow_unused=True)
+        for (node, value), gradient in zip(watched.items(), found, strict=True):
+            for collector in self.gradients[node]:
+                collector.add(torch.zeros_like(value) if gradient is None else gradient)
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        for collector in self.collectors.get(n, ()):
+        if n.op == "get_attr" and isinstance(value, Tensor):
+            value = value.detach()
+        for collector in self.values.get(n, ()):
             collector.add(value)
+        if n in self.gradients:
+            value = value if value.requires_grad else value.detach().requires_grad_()
+            self.watched[n] = value
         return value
 
 

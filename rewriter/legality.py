@@ -16,7 +16,7 @@ What a rule then builds is compared with what it replaces in :mod:`rewriter.repl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +50,20 @@ class Reason:
         return f"{self.message} ({self.source})" if self.source else self.message
 
 
-def refusal(facts: Facts, match: Match) -> Reason | None:
+def refusal(facts: Facts, match: Match, *, besides: Collection[str] = ()) -> Reason | None:
     """The first reason against replacing the match; None if replacing it is sound.
 
     Cost: a few look-ups per matched node.
+
+    Args:
+        besides: kinds of reasons the rule answers for itself, as one that may stop drawing random numbers.
     """
     for check in _CHECKS:
+        kind = check.__name__.lstrip("_")
+        if kind in besides:
+            continue
         for message, node in check(facts, match):
-            return Reason(check.__name__.lstrip("_"), message, node, facts.source(node))
+            return Reason(kind, message, node, facts.source(node))
     return None
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from rewriter import inputs, planner, registry, store
 from rewriter.applying import Progress, rewrite
 from rewriter.calibration import Statistics, calibrate, wanted
 from rewriter.capturing import capture_skeleton, example_call, from_exported, share_tensors
-from rewriter.errors import PlanError
+from rewriter.errors import PlanError, UntrainedWarning
 from rewriter.optimized import Optimized
 from rewriter.program import Program
 from rewriter.reports import Report
@@ -118,6 +119,13 @@ def _finish(
         original_bytes=before,
     )
     opt.report = Report.of(opt, application, statistics)
+    for rule in dict.fromkeys(result.rule for result in application.results if result.contract == "LEARNED"):
+        warnings.warn(
+            f"{rule} starts from the weights but needs training to be good, and was given none: train the result "
+            "before it is used (allow_untrained=False refuses instead)",
+            UntrainedWarning,
+            stacklevel=4,
+        )
     return opt
 
 

@@ -21,7 +21,7 @@ from rewriter.matcher import Miss
 from rewriter.modes import neutral
 from rewriter.program import Program
 from rewriter.rewriting import Session, disjoint, generator, unfit
-from rewriter.rules import Address, Pass, Refusals, Rule, Site, full_names, locate, near_misses
+from rewriter.rules import Address, Kept, Pass, Refusals, Rule, Site, full_names, locate, near_misses
 from rewriter.selecting import Selection, Selector
 
 if TYPE_CHECKING:
@@ -235,21 +235,25 @@ def _take(
     ranked = sorted(
         candidates, key=lambda c: (not chosen.names(c[0].name, c[2]), -c[1].specificity)
     )  # stable: list order
-    winners: set[int] = set()
+    choices: dict[int, dict[str, Any]] = {}  # of the winners
     for candidate in ranked:
-        site = candidate[2]
+        _, rule, site = candidate
         taken_by = next((owner[n] for n in site.roots if n in owner), None)
         if taken_by is not None:
             misses.append(_miss(program, site, f"taken by {taken_by[1].name}"))
             continue
-        winners.add(id(candidate))
+        try:
+            choices[id(candidate)] = rule.settle(site, program, statistics, generator(seed, site.address, rule.name))
+        except Kept as kept:
+            misses.append(_miss(program, site, str(kept)))
+            continue
         owner |= dict.fromkeys(site.roots, candidate)
     taken = []
     for candidate in candidates:
-        if id(candidate) not in winners:
+        if id(candidate) not in choices:
             continue
         one, rule, site = candidate
-        choice = rule.settle(site, program, statistics, generator(seed, site.address, rule.name))
+        choice = choices[id(candidate)]
         planned = PlannedSite(site.address, site.paths, one.name, rule.name, rule.version, one.settings(), choice, seed)
         taken.append((planned, site))
     return taken, misses

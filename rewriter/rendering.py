@@ -69,6 +69,8 @@ def report(report: Report) -> RenderableType:
         parts.append(_measurements(report.measurements))
     if not report.calibrated and any(s.contract.startswith("CALIBRATED") for s in report.sites):
         parts.append(Text("uncalibrated: no calibration data were given, counts are taken as uniform", style="yellow"))
+    if any(s.contract == "LEARNED" for s in report.sites):
+        parts.append(Text("untrained: LEARNED sites start from the weights and need training", style="yellow"))
     parts += [Flowing(f"note: {note}", after=" ", style="dim") for note in report.notes]
     return Group(*parts)
 

@@ -49,6 +49,7 @@ class _Restoration:
         own: dict[int, Tensor] = {}
         self.tensors = {name: own.setdefault(id(t), store.share(t)) for name, t in store.tensors(opt)}
         self.modules: dict[str, nn.Module] = {}
+        self.rules: dict[str, Rule] = {}
 
     def take_back(self, planned: PlannedSite) -> None:
         rule = rule_of(planned)
@@ -63,6 +64,7 @@ class _Restoration:
         if module is None:
             raise PlanError(f"{rule.name} at {path!r} has no module form; opt.undo({path!r}) first, or keep using opt")
         self.modules[path] = module
+        self.rules[path] = rule
 
     def _split(self, rule: Rule, planned: PlannedSite, path: str) -> bool:
         """A merged site: its rows go back to the modules they came from, as tensors or as parts of a module."""
@@ -98,7 +100,10 @@ class _Restoration:
     def module(self) -> nn.Module:
         module = self.skeleton.materialise(self.tensors.get, parameters=True)
         for path, replacement in self.modules.items():
-            _replace(module, path, replacement, self.opt.training)
+            if path in self.rules and self.rules[path].attach(module, path, replacement):
+                replacement.train(module.get_submodule(path).training)
+            else:
+                _replace(module, path, replacement, self.opt.training)
         held = dict(module.named_modules())
         for path in self.skeleton.caching:
             # A path may lie in a module that was replaced, and then there is nothing to switch on.

@@ -106,6 +106,10 @@ class Site:
         return frozenset(n for m in self.matches for n in self.rule.replaced_nodes(m))
 
 
+class Kept(Exception):
+    """Raised by :meth:`Rule.settle`: the site is better left as it is; the message says why, and how to insist."""
+
+
 class Rule(ABC):
     """One rewrite. Subclasses are small: a view, guards, an initialisation and a replacement."""
 
@@ -147,7 +151,11 @@ class Rule(ABC):
     def settle(
         self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
     ) -> dict[str, Any]:
-        """Choices made when planning (JSON values), e.g. a structure chosen by measured error."""
+        """Choices made when planning (JSON values), e.g. a structure chosen by measured error.
+
+        Raises:
+            Kept: no choice would be worth it; the site is then a miss, and open to other rules.
+        """
         return {}
 
     def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
@@ -189,6 +197,13 @@ class Rule(ABC):
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
         """The site as a module to stand in the user's class, or None where it cannot."""
         return None
+
+    def attach(self, root: nn.Module, path: str, module: nn.Module) -> bool:
+        """Hang :meth:`module`'s result into the restored model where it does not stand for the whole module at ``path``.
+
+        Returns False (as here) to have it put in that module's place.
+        """
+        return False
 
     def restore(
         self, part: Callable[[int, int], Any], replaced: Sequence[str], choice: Mapping[str, Any]

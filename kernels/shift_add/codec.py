@@ -14,6 +14,10 @@ PoT (signed powers of two): ``w[o, i] = scale[o, i // group] * sum_t value(field
     i*bits to (i+1)*bits - 1, term t of it a sub-field of ``bits / terms`` bits, low to high. The top bit of a
     sub-field is the sign, the rest a magnitude field m: 0 means exactly zero, else ``2**-(m - 1)``.
 
+Levels (a table):         ``w[o, i] = scale[o, i // group] * levels[word_i]``
+    codes ``uint8 [out, ceil(in * bits / 8)]``, a bit stream per row as above, levels ``[2**bits]`` floating, shared by
+    the whole weight. What the words mean is the table's business: sums of powers of two, zero-free shifts, any grid.
+
 ``G = ceil(in / group)``; the last group may be ragged.
 """
 
@@ -25,6 +29,7 @@ from torch import Tensor
 
 MAX_BASES = 8  # a basis is a bit plane; eight planes are already finer than fp16 scales can use
 MAX_POT_BITS = 12
+MAX_LEVEL_BITS = 12
 MAX_FIELD_BITS = 8  # 2**-(m - 1) with m < 128 stays a normal fp32 number
 
 
@@ -188,4 +193,18 @@ def decode_pot(
 ) -> Tensor:
     """Dense ``[out, in_features]`` of PoT codes, computed in ``dtype``; differentiable in ``scale``."""
     unit = to_groups(decode_pot_unit(codes, bits, terms, in_features, dtype), group, in_features)
+    return from_groups(unit * scale.to(dtype).unsqueeze(-1), in_features)
+
+
+def decode_level_unit(codes: Tensor, levels: Tensor, bits: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Dense ``[..., in_features]`` of level codes before the group scale; differentiable in ``levels``."""
+    words = unpack_stream(codes, bits, in_features)
+    return levels.to(dtype).index_select(0, words.flatten()).view(words.shape)
+
+
+def decode_levels(
+    codes: Tensor, scale: Tensor, levels: Tensor, bits: int, group: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Dense ``[out, in_features]`` of level codes, computed in ``dtype``; differentiable in ``scale`` and ``levels``."""
+    unit = to_groups(decode_level_unit(codes, levels, bits, in_features, dtype), group, in_features)
     return from_groups(unit * scale.to(dtype).unsqueeze(-1), in_features)

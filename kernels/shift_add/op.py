@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four ShiftAdd operators. Importing this module registers them with torch.
+"""The ShiftAdd operators. Importing this module registers them with torch.
 
-    bcq_linear, bcq_embedding    weights as sums of binary bases
-    pot_linear, pot_embedding    weights as sums of signed powers of two
+    bcq_linear, bcq_embedding        weights as sums of binary bases
+    pot_linear, pot_embedding        weights as sums of signed powers of two
+    level_linear, level_embedding    weights as indices into a table (`rewriter.kernels.shift_add.levels`)
 
-Layouts are described in `rewriter.kernels.shift_add.codec`. Gradients flow to activations, scales and bias.
+Layouts are described in `rewriter.kernels.shift_add.codec`. Gradients flow to activations, scales, tables and bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from rewriter.kernels.shift_add import codec, reference
+from rewriter.kernels.shift_add.levels import level_embedding as level_embedding
+from rewriter.kernels.shift_add.levels import level_linear as level_linear
+from rewriter.kernels.shift_add.shared import (
+    Gradients,
+    batching_rule,
+    bias_gradient,
+    embedding_cost,
+    linear_cost,
+    row_gradients,
+    scatter_rows,
+    weight_gradient,
+)
 from rewriter.kernels.spec import Cost, KernelSpec
-
-Gradients = tuple[Tensor | None, ...]
 
 # ---------------------------------------------------------------------------------- fakes
 
@@ -85,10 +94,10 @@ def _bcq_linear_backward(ctx: Any, grad: Tensor) -> Gradients:
     if ctx.needs_input_grad[0]:
         grad_x = grad @ codec.decode_bcq(codes, scale, shift, ctx.group, ctx.in_features, dtype).to(x.dtype)
     if ctx.needs_input_grad[2]:
-        grad_weight = _weight_gradient(grad, x, dtype)
+        grad_weight = weight_gradient(grad, x, dtype)
         alpha = reference.bcq_scale_gradient(grad_weight, codes, shift, ctx.group, ctx.in_features)
         grad_scale = alpha.to(scale.dtype)
-    return grad_x, None, grad_scale, None, _bias_gradient(ctx, grad, 4), None, None
+    return grad_x, None, grad_scale, None, bias_gradient(ctx, grad, 4), None, None
 
 
 def _save_pot_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,24 +114,9 @@ def _pot_linear_backward(ctx: Any, grad: Tensor) -> Gradients:
     if ctx.needs_input_grad[0]:
         grad_x = grad @ codec.decode_pot(codes, scale, *layout, dtype).to(x.dtype)
     if ctx.needs_input_grad[2]:
-        grad_weight = _weight_gradient(grad, x, dtype)
+        grad_weight = weight_gradient(grad, x, dtype)
         grad_scale = reference.pot_scale_gradient(grad_weight, codes, *layout).to(scale.dtype)
-    return grad_x, None, grad_scale, _bias_gradient(ctx, grad, 3), None, None, None, None
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """∂L/∂W ``[out, in]`` of a dense layer, accumulated in ``dtype``."""
-    return grad.to(dtype).reshape(-1, grad.shape[-1]).t() @ x.to(dtype).reshape(-1, x.shape[-1])
-
-
-def _bias_gradient(ctx: Any, grad: Tensor, position: int) -> Tensor | None:
-    if ctx.bias_dtype is None or not ctx.needs_input_grad[position]:
-        return None
-    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=_at_least_float(grad.dtype)).to(ctx.bias_dtype)
-
-
-def _at_least_float(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return grad_x, None, grad_scale, bias_gradient(ctx, grad, 3), None, None, None, None
 
 
 def _save_bcq_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -132,10 +126,10 @@ def _save_bcq_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _bcq_embedding_backward(ctx: Any, grad: Tensor) -> Gradients:
     ids, codes, scale, shift = ctx.saved_tensors
-    flat, rows = _row_gradients(grad, ids, scale, ctx.in_features)
+    flat, rows = row_gradients(grad, ids, scale, ctx.in_features)
     chosen = None if shift is None else shift.index_select(0, flat)
     per_row = reference.bcq_scale_gradient(rows, codes.index_select(0, flat), chosen, ctx.group, ctx.in_features)
-    return None, None, _scatter_rows(per_row, flat, scale), None, None, None
+    return None, None, scatter_rows(per_row, flat, scale), None, None, None
 
 
 def _save_pot_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -145,54 +139,14 @@ def _save_pot_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _pot_embedding_backward(ctx: Any, grad: Tensor) -> Gradients:
     ids, codes, scale = ctx.saved_tensors
-    flat, rows = _row_gradients(grad, ids, scale, ctx.in_features)
+    flat, rows = row_gradients(grad, ids, scale, ctx.in_features)
     per_row = reference.pot_scale_gradient(
         rows, codes.index_select(0, flat), ctx.bits, ctx.terms, ctx.group, ctx.in_features
     )
-    return None, None, _scatter_rows(per_row, flat, scale), None, None, None, None
-
-
-def _row_gradients(grad: Tensor, ids: Tensor, scale: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    return ids.flatten(), grad.to(codec.compute_dtype(scale)).reshape(-1, in_features)
-
-
-def _scatter_rows(per_row: Tensor, flat: Tensor, scale: Tensor) -> Tensor:
-    total = torch.zeros(scale.shape, dtype=per_row.dtype, device=scale.device)
-    return total.index_add(0, flat, per_row).to(scale.dtype)
-
-
-# ---------------------------------------------------------------------------------- vmap
-
-
-def _batching_rule(overload: Callable[[], OpOverload]) -> Callable[..., tuple[Tensor, int]]:
-    """A batched first argument is more leading dimensions; anything else batched is one call per example."""
-
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
-        if in_dims[0] is not None and all(d is None for d in in_dims[1:]):
-            return overload()(args[0].movedim(in_dims[0], 0), *args[1:]), 0
-        if info.batch_size == 0:
-            raise NotImplementedError("shift_add: vmap over codes, scales or bias needs at least one example")
-        examples = [
-            [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-            for i in range(info.batch_size)
-        ]
-        return torch.stack([overload()(*example) for example in examples]), 0
-
-    return rule
+    return None, None, scatter_rows(per_row, flat, scale), None, None, None, None
 
 
 # ---------------------------------------------------------------------------------- cost
-
-
-def _size(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def _linear_cost(x: Tensor, out_features: int, decode_flops: int, *read: Tensor | None) -> Cost:
-    """Work of one dense layer plus the decoding of its weight; bytes as packed."""
-    tokens = x.numel() // x.shape[-1]
-    flops = 2 * tokens * out_features * x.shape[-1] + decode_flops
-    return Cost(flops, _size(x, *read), tokens * out_features * x.element_size())
 
 
 def _bcq_linear_cost(
@@ -205,7 +159,7 @@ def _bcq_linear_cost(
     in_features: int,
 ) -> Cost:
     out, bits = codes.shape[0], codes.shape[1]
-    return _linear_cost(x, out, bits * out * in_features, codes, scale, shift, bias)
+    return linear_cost(x, out, bits * out * in_features, codes, scale, shift, bias)
 
 
 def _pot_linear_cost(
@@ -218,28 +172,19 @@ def _pot_linear_cost(
     group: int,
     in_features: int,
 ) -> Cost:
-    return _linear_cost(x, codes.shape[0], terms * codes.shape[0] * in_features, codes, scale, bias)
-
-
-def _embedding_cost(
-    ids: Tensor, flops_per_weight: int, in_features: int, scale: Tensor, *tables: Tensor | None
-) -> Cost:
-    """Only the rows asked for are read."""
-    rows = scale.shape[0]
-    read = _size(ids) + ids.numel() * (_size(scale, *tables) // rows if rows else 0)
-    return Cost(flops_per_weight * ids.numel() * in_features, read, ids.numel() * in_features * scale.element_size())
+    return linear_cost(x, codes.shape[0], terms * codes.shape[0] * in_features, codes, scale, bias)
 
 
 def _bcq_embedding_cost(
     ids: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, in_features: int
 ) -> Cost:
-    return _embedding_cost(ids, codes.shape[1], in_features, scale, codes, shift)
+    return embedding_cost(ids, codes.shape[1], in_features, scale, codes, shift)
 
 
 def _pot_embedding_cost(
     ids: Tensor, codes: Tensor, scale: Tensor, bits: int, terms: int, group: int, in_features: int
 ) -> Cost:
-    return _embedding_cost(ids, terms, in_features, scale, codes)
+    return embedding_cost(ids, terms, in_features, scale, codes)
 
 
 # ---------------------------------------------------------------------------------- operators
@@ -253,7 +198,7 @@ bcq_linear: OpOverload = KernelSpec(
     fake=_bcq_linear_fake,
     setup_context=_save_bcq_linear,
     backward=_bcq_linear_backward,
-    vmap=_batching_rule(lambda: bcq_linear),
+    vmap=batching_rule(lambda: bcq_linear),
     cost=_bcq_linear_cost,
     autocast=("x",),
 ).register()
@@ -265,7 +210,7 @@ bcq_embedding: OpOverload = KernelSpec(
     fake=_bcq_embedding_fake,
     setup_context=_save_bcq_embedding,
     backward=_bcq_embedding_backward,
-    vmap=_batching_rule(lambda: bcq_embedding),
+    vmap=batching_rule(lambda: bcq_embedding),
     cost=_bcq_embedding_cost,
 ).register()
 
@@ -279,7 +224,7 @@ pot_linear: OpOverload = KernelSpec(
     fake=_pot_linear_fake,
     setup_context=_save_pot_linear,
     backward=_pot_linear_backward,
-    vmap=_batching_rule(lambda: pot_linear),
+    vmap=batching_rule(lambda: pot_linear),
     cost=_pot_linear_cost,
     autocast=("x",),
 ).register()
@@ -291,6 +236,6 @@ pot_embedding: OpOverload = KernelSpec(
     fake=_pot_embedding_fake,
     setup_context=_save_pot_embedding,
     backward=_pot_embedding_backward,
-    vmap=_batching_rule(lambda: pot_embedding),
+    vmap=batching_rule(lambda: pot_embedding),
     cost=_pot_embedding_cost,
 ).register()

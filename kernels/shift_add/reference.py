@@ -60,6 +60,22 @@ def check_pot(codes: Tensor, scale: Tensor, bits: int, terms: int, group: int, i
     _check_scale(scale, (codes.shape[0], count))
 
 
+def check_levels(codes: Tensor, scale: Tensor, levels: Tensor, bits: int, group: int, in_features: int) -> None:
+    """Refuse level codes, scales and tables whose shapes or dtypes do not fit together (ValueError)."""
+    check_groups(group, in_features)
+    _check(1 <= bits <= codec.MAX_LEVEL_BITS, f"bits={bits} must be 1 to {codec.MAX_LEVEL_BITS} bits per code word")
+    nbytes, count = codec.ceil_div(in_features * bits, 8), codec.ceil_div(in_features, group)
+    _check(codes.dtype == torch.uint8, f"codes must be uint8, got {codes.dtype}")
+    _check(codes.dim() == 2, f"codes must be [out, bytes], got {codes.dim()} dimensions")
+    _check(
+        codes.shape[1] == nbytes,
+        f"codes need {nbytes} bytes for in_features={in_features} at {bits} bits, got {codes.shape[1]}",
+    )
+    _check_scale(scale, (codes.shape[0], count))
+    _check(levels.is_floating_point(), f"levels must be floating, got {levels.dtype}")
+    _check(_same_shape(levels, (1 << bits,)), f"levels must be [{1 << bits}], got {list(levels.shape)}")
+
+
 def pot_settings_fault(bits: int, terms: int) -> str | None:
     """Why ``bits`` and ``terms`` contradict each other, or None where they fit."""
     if terms < 1:
@@ -175,6 +191,35 @@ def pot_embedding(
     return _rows(rows, ids, scale, in_features)
 
 
+def level_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    in_features: int,
+) -> Tensor:
+    """``x @ W.T + bias``, W[o, i] = scale[o, i//group] · levels[word_i]; ``[..., out]`` in x's dtype."""
+    check_levels(codes, scale, levels, bits, group, in_features)
+    check_linear(x, bias, codes.shape[0], in_features)
+    dtype = codec.compute_dtype(x, scale, levels)
+    return _linear(x, codec.decode_levels(codes, scale, levels, bits, group, in_features, dtype), bias)
+
+
+def level_embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, bits: int, group: int, in_features: int
+) -> Tensor:
+    """Rows of W by index, decoding only these; ``[...] -> [..., in_features]`` in the scales' dtype."""
+    check_levels(codes, scale, levels, bits, group, in_features)
+    check_ids(ids)
+    flat = ids.flatten()
+    chosen, scales = codes.index_select(0, flat), scale.index_select(0, flat)
+    dtype = codec.compute_dtype(scale, levels)
+    return _rows(codec.decode_levels(chosen, scales, levels, bits, group, in_features, dtype), ids, scale, in_features)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -209,3 +254,21 @@ def pot_scale_gradient(
     """Gradient of the scales from that of the decoded rows: ∂L/∂scale = Σ_{i in g} ∂L/∂w · w / scale."""
     unit = codec.decode_pot_unit(codes, bits, terms, in_features, grad_weight.dtype)
     return codec.to_groups(grad_weight * unit, group, in_features).sum(-1)
+
+
+def level_gradients(
+    grad_weight: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, bits: int, group: int, in_features: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scales and of the table from that of the decoded rows ``[n, in]``.
+
+    ∂L/∂scale[o, g] = Σ_{i in g} ∂L/∂w[o, i] · levels[word_i],
+    ∂L/∂levels[c] = Σ_{o, i: word = c} ∂L/∂w[o, i] · scale[o, g(i)].
+    """
+    dtype = grad_weight.dtype
+    words = codec.unpack_stream(codes, bits, in_features)
+    unit = levels.to(dtype).index_select(0, words.flatten()).view(words.shape)
+    grad_scale = codec.to_groups(grad_weight * unit, group, in_features).sum(-1)
+    per_weight = codec.to_groups(grad_weight, group, in_features) * scale.to(dtype).unsqueeze(-1)
+    scaled = codec.from_groups(per_weight, in_features).flatten()
+    table = torch.zeros(1 << bits, dtype=dtype, device=grad_weight.device)
+    return grad_scale, table.index_add(0, words.flatten(), scaled)

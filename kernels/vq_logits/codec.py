@@ -4,6 +4,9 @@
 Tiers keep one code per token. ``code_of`` is uint8 ``[V, nbytes]``: the code's number as little-endian bytes, 1 byte
 up to 256 codes, 2 up to 65 536, 3 above. Product codebooks keep one code per token and group of dimensions:
 uint8 ``[V, G]``, at most 256 codes per group; the last group of a width not divisible by the group's is zero-padded.
+Beside them some tokens may keep a row of their own: ``exact`` ``[m, d]``, and ``exact_of`` ``[m, nbytes]``, their token
+numbers as bytes; their product codes stay in the file and are not used. Residual codebooks add up a whole row from
+each of S stages: ``codes`` is uint8 ``[V, S, nbytes]``, numbers as those of tiers.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ def code_bytes(codes: int) -> int:
 
 
 def pack_codes(index: Tensor, codes: int) -> Tensor:
-    """Code numbers ``[V]`` (any integer dtype, each in [0, codes)) -> uint8 ``[V, nbytes]``, little-endian.
+    """Code numbers ``[...]`` (any integer dtype, each in [0, codes)) -> uint8 ``[..., nbytes]``, little-endian.
 
     Raises:
         ValueError: a number is outside [0, codes).
@@ -42,10 +45,10 @@ def pack_codes(index: Tensor, codes: int) -> Tensor:
 
 
 def unpack_codes(code_of: Tensor) -> Tensor:
-    """uint8 ``[V, nbytes]`` -> int64 ``[V]``: sum over bytes of ``byte · 256^position``."""
-    index = code_of[:, 0].to(torch.int64)
-    for byte in range(1, code_of.shape[1]):
-        index = index + code_of[:, byte].to(torch.int64) * (1 << 8 * byte)
+    """uint8 ``[..., nbytes]`` -> int64 ``[...]``: sum over bytes of ``byte · 256^position``."""
+    index = code_of[..., 0].to(torch.int64)
+    for byte in range(1, code_of.shape[-1]):
+        index = index + code_of[..., byte].to(torch.int64) * (1 << 8 * byte)
     return index
 
 
@@ -65,3 +68,18 @@ def decode_product(codebook: Tensor, codes: Tensor, width: int) -> Tensor:
     _, per_group, dims = codebook.shape
     rows = codebook.reshape(-1, dims).index_select(0, flat_codes(codes, per_group).reshape(-1))
     return rows.reshape(codes.shape[0], -1)[:, :width]
+
+
+def decode_exact(codebook: Tensor, codes: Tensor, exact: Tensor, exact_of: Tensor) -> Tensor:
+    """The dense head ``[V, d]`` of a product codebook with the rows ``exact`` ``[m, d]`` in place of their tokens'."""
+    weight = decode_product(codebook, codes, exact.shape[1])
+    return weight.index_copy(0, unpack_codes(exact_of), exact)
+
+
+def decode_residual(codebook: Tensor, codes: Tensor) -> Tensor:
+    """Codebooks ``[S, K, d]`` and uint8 ``[V, S, nbytes]`` -> the dense head ``[V, d]``: Σ_s C[s, a_s(i)]."""
+    index = unpack_codes(codes)
+    weight = codebook[0].index_select(0, index[:, 0])
+    for stage in range(1, codebook.shape[0]):
+        weight = weight + codebook[stage].index_select(0, index[:, stage])
+    return weight

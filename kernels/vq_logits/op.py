@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four operators of codebook heads; importing this file registers them with torch.
+"""The operators of codebook heads; importing this file registers all of them with torch.
+
+Here: tiers, their loss without V columns, and product codes. The others have files of their own, imported below.
 
 Gradients go to h, the codebook and the biases; codes have none. Each backward is written with the saved inputs and
 differentiable aten, so second derivatives are right too. With p_j = exp(l_j + B_j − log Z):
@@ -9,14 +11,14 @@ differentiable aten, so second derivatives are right too. With p_j = exp(l_j + B
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewriter.kernels.spec import Cost, KernelSpec
-from rewriter.kernels.vq_logits.codec import MAX_GROUP_CODES, decode_product, flat_codes, unpack_codes
+from rewriter.kernels.vq_logits.codec import decode_product, flat_codes, unpack_codes
+from rewriter.kernels.vq_logits.exact import vq_logits_product_exact as vq_logits_product_exact
 from rewriter.kernels.vq_logits.reference import (
     IGNORE_INDEX,
     code_log_mass,
@@ -26,15 +28,23 @@ from rewriter.kernels.vq_logits.reference import (
     tiers_logsumexp,
     tiers_nll,
 )
-
-Grads = tuple[Tensor | None, ...]
-
+from rewriter.kernels.vq_logits.residual import vq_logits_residual as vq_logits_residual
+from rewriter.kernels.vq_logits.shared import (
+    Grads,
+    check_hidden,
+    check_per_token,
+    check_product,
+    positions,
+    save_inputs,
+    tensor_bytes,
+    vmap_rule,
+)
 
 # -- what the arguments must look like ---------------------------------------------------------------------------
 
 
 def _check_tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> None:
-    _check_hidden(h)
+    check_hidden(h)
     torch._check(codebook.dim() == 2, lambda: f"codebook must be [K, d], not {tuple(codebook.shape)}")
     torch._check(
         h.shape[-1] == codebook.shape[1],
@@ -45,39 +55,7 @@ def _check_tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tenso
         code_of.dim() == 2 and code_of.shape[1] in (1, 2, 3),
         lambda: f"code_of must be [V, 1 to 3 bytes], not {tuple(code_of.shape)}",
     )
-    _check_per_token("token_bias", token_bias, code_of)
-
-
-def _check_product(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> None:
-    _check_hidden(h)
-    torch._check(codebook.dim() == 3, lambda: f"codebook must be [G, C, w], not {tuple(codebook.shape)}")
-    groups, per_group, dims = codebook.shape
-    torch._check(
-        1 <= per_group <= MAX_GROUP_CODES, lambda: f"a group has 1 to {MAX_GROUP_CODES} codes, not {per_group}"
-    )
-    torch._check(
-        (groups - 1) * dims < h.shape[-1] <= groups * dims,
-        lambda: f"{groups} groups of {dims} dimensions do not cover h's width {h.shape[-1]}",
-    )
-    torch._check(codes.dtype == torch.uint8, lambda: f"codes must be uint8, not {codes.dtype}")
-    torch._check(
-        codes.dim() == 2 and codes.shape[1] == groups,
-        lambda: f"codes must be [V, {groups}], not {tuple(codes.shape)}",
-    )
-    _check_per_token("bias", bias, codes)
-
-
-def _check_hidden(h: Tensor) -> None:
-    torch._check(h.dim() >= 1, lambda: "h must have a last dimension of the head's width")
-    torch._check(h.is_floating_point(), lambda: f"h must be floating, not {h.dtype}")
-
-
-def _check_per_token(name: str, bias: Tensor | None, codes: Tensor) -> None:
-    if bias is not None:
-        torch._check(
-            bias.shape == codes.shape[:1],
-            lambda: f"{name} must be [{codes.shape[0]}], one per token, not {tuple(bias.shape)}",
-        )
+    check_per_token("token_bias", token_bias, code_of)
 
 
 def _check_target(h: Tensor, target: Tensor) -> None:
@@ -124,20 +102,16 @@ def _logsumexp_fake(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Te
 
 
 def _product(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
-    _check_product(h, codebook, codes, bias)
+    check_product(h, codebook, codes, bias)
     return product_logits(h, codebook, codes, bias)
 
 
 def _product_fake(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
-    _check_product(h, codebook, codes, bias)
+    check_product(h, codebook, codes, bias)
     return h.new_empty((*h.shape[:-1], codes.shape[0]))
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _through_codes(ctx: Any, h: Tensor, codebook: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -220,61 +194,29 @@ def _product_backward(ctx: Any, grad: Tensor) -> Grads:
     return grad_h, grad_codebook, None, grad_bias
 
 
-# -- batching ----------------------------------------------------------------------------------------------------
-
-
-def _vmap(name: str, per_position: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:
-    """Rule of an operator whose arguments ``per_position`` carry any leading dimensions; the rest has none.
-
-    Batched hidden states (and targets) are one more leading dimension. A batched codebook is another head per
-    example: one call each.
-    """
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        op = getattr(torch.ops.rewriter, name)
-        front = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
-        batched = [d is not None for d in in_dims]
-        if not any(on for i, on in enumerate(batched) if i not in per_position):
-            for i in per_position:
-                front[i] = front[i] if batched[i] else front[i].unsqueeze(0).expand(info.batch_size, *front[i].shape)
-            return op(*front), 0
-        examples = ([a[n] if on else a for a, on in zip(front, batched, strict=True)] for n in range(info.batch_size))
-        return torch.stack([op(*example) for example in examples]), 0
-
-    return rule
-
-
 # -- work of one call --------------------------------------------------------------------------------------------
 
 
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def _positions(h: Tensor) -> int:
-    return h.numel() // h.shape[-1]
-
-
 def _tiers_cost(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Cost:
-    logits = _positions(h) * code_of.shape[0]
-    flops = 2 * _positions(h) * codebook.numel() + (0 if token_bias is None else logits)
-    return Cost(flops, _bytes(h, codebook, code_of, token_bias), logits * h.element_size())
+    logits = positions(h) * code_of.shape[0]
+    flops = 2 * positions(h) * codebook.numel() + (0 if token_bias is None else logits)
+    return Cost(flops, tensor_bytes(h, codebook, code_of, token_bias), logits * h.element_size())
 
 
 def _logsumexp_cost(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Cost:
     # Per code logit: add the mass, subtract the maximum, exponential, add up. Per token: one step of its code's mass.
-    flops = _positions(h) * (2 * codebook.numel() + 4 * codebook.shape[0]) + 3 * code_of.shape[0]
-    return Cost(flops, _bytes(h, codebook, code_of, token_bias), _positions(h) * loss_dtype(h).itemsize)
+    flops = positions(h) * (2 * codebook.numel() + 4 * codebook.shape[0]) + 3 * code_of.shape[0]
+    return Cost(flops, tensor_bytes(h, codebook, code_of, token_bias), positions(h) * loss_dtype(h).itemsize)
 
 
 def _nll_cost(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, target: Tensor) -> Cost:
-    return _logsumexp_cost(h, codebook, code_of, token_bias) + Cost(2 * _positions(h), _bytes(target), 0)
+    return _logsumexp_cost(h, codebook, code_of, token_bias) + Cost(2 * positions(h), tensor_bytes(target), 0)
 
 
 def _product_cost(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> Cost:
-    logits = _positions(h) * codes.shape[0]
+    logits = positions(h) * codes.shape[0]
     flops = 2 * logits * h.shape[-1] + (0 if bias is None else logits)
-    return Cost(flops, _bytes(h, codebook, codes, bias), logits * h.element_size())
+    return Cost(flops, tensor_bytes(h, codebook, codes, bias), logits * h.element_size())
 
 
 # -- the operators -----------------------------------------------------------------------------------------------
@@ -284,9 +226,9 @@ TIERS = KernelSpec(
     schema="(Tensor h, Tensor codebook, Tensor code_of, Tensor? token_bias) -> Tensor",
     reference=_tiers,
     fake=_tiers_fake,
-    setup_context=_save_inputs,
+    setup_context=save_inputs,
     backward=_tiers_backward,
-    vmap=_vmap("vq_logits_tiers", (0,)),
+    vmap=vmap_rule("vq_logits_tiers", (0,)),
     cost=_tiers_cost,
     autocast=("h",),
 )
@@ -296,9 +238,9 @@ LOGSUMEXP = KernelSpec(
     schema="(Tensor h, Tensor codebook, Tensor code_of, Tensor? token_bias) -> Tensor",
     reference=_logsumexp,
     fake=_logsumexp_fake,
-    setup_context=_save_inputs,
+    setup_context=save_inputs,
     backward=_logsumexp_backward,
-    vmap=_vmap("vq_tiers_logsumexp", (0,)),
+    vmap=vmap_rule("vq_tiers_logsumexp", (0,)),
     cost=_logsumexp_cost,
     autocast=("h",),
 )
@@ -308,9 +250,9 @@ NLL = KernelSpec(
     schema="(Tensor h, Tensor codebook, Tensor code_of, Tensor? token_bias, Tensor target) -> Tensor",
     reference=_nll,
     fake=_nll_fake,
-    setup_context=_save_inputs,
+    setup_context=save_inputs,
     backward=_nll_backward,
-    vmap=_vmap("vq_tiers_nll", (0, 4)),
+    vmap=vmap_rule("vq_tiers_nll", (0, 4)),
     cost=_nll_cost,
     autocast=("h",),
 )
@@ -320,9 +262,9 @@ PRODUCT = KernelSpec(
     schema="(Tensor h, Tensor codebook, Tensor codes, Tensor? bias) -> Tensor",
     reference=_product,
     fake=_product_fake,
-    setup_context=_save_inputs,
+    setup_context=save_inputs,
     backward=_product_backward,
-    vmap=_vmap("vq_logits_product", (0,)),
+    vmap=vmap_rule("vq_logits_product", (0,)),
     cost=_product_cost,
     autocast=("h",),
 )

@@ -8,6 +8,9 @@ n_j = |{i: M(i) = j}|, B_j = log Σ_{M(i)=j} exp b_i (log n_j without bias; -inf
     log Z   = log Σ_i exp logit_i = log Σ_j exp(l_j + B_j)          (K terms instead of V)
     NLL(y)  = log Z − l_{M(y)} − b_y
 
+Product: the row of token i is put together from one code per group of dimensions. Exact: the same, with some rows kept.
+Residual: the row is a sum of one code from each of S stages.
+
 The tiers structure follows VQ-Logits (arXiv 2505.10202), with per-token biases added; the sums over codes are exact.
 """
 
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.kernels.vq_logits.codec import decode_product, unpack_codes
+from rewriter.kernels.vq_logits.codec import decode_exact, decode_product, unpack_codes
 
 IGNORE_INDEX = -100
 
@@ -53,6 +56,28 @@ def product_logits(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | No
     """logit_i = Σ_g h_g·C[g, codes_ig] + bias_i, by decoding the head. h ``[..., d]`` -> ``[..., V]`` in h's dtype."""
     weight = decode_product(codebook.to(h.dtype), codes, h.shape[-1])
     return F.linear(h, weight, None if bias is None else bias.to(h.dtype))
+
+
+def exact_logits(
+    h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor
+) -> Tensor:
+    """`product_logits`, but logit_i = h·exact_r + bias_i for token i = exact_of[r]. h ``[..., d]`` -> ``[..., V]``.
+
+    One matrix product over the decoded head: the logit of an exact token is the dense head's, bit for bit.
+    """
+    weight = decode_exact(codebook.to(h.dtype), codes, exact.to(h.dtype), exact_of)
+    return F.linear(h, weight, None if bias is None else bias.to(h.dtype))
+
+
+def residual_logits(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
+    """logit_i = Σ_s h·C[s, a_s(i)] + bias_i, summed in at least float32. h ``[..., d]`` -> ``[..., V]`` in h's dtype."""
+    stages, per_stage, width = codebook.shape
+    by_code = F.linear(h, codebook.to(h.dtype).reshape(stages * per_stage, width)).to(loss_dtype(h))
+    index = unpack_codes(codes)
+    logits = by_code.index_select(-1, index[:, 0])
+    for stage in range(1, stages):
+        logits = logits + by_code.index_select(-1, index[:, stage] + stage * per_stage)
+    return (logits if bias is None else logits + bias.to(logits.dtype)).to(h.dtype)
 
 
 def code_log_mass(code_of: Tensor, token_bias: Tensor | None, codes: int, dtype: torch.dtype) -> Tensor:

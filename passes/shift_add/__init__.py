@@ -1,32 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ShiftAdd: dense weights become sums of signed bases whose scales are shifts of one group scale."""
+"""ShiftAdd: dense weights become sums of signed bases or powers of two under one scale per group."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from rewriter.errors import PlanError
+from rewriter.passes.shift_add.apot import Apot
+from rewriter.passes.shift_add.bcq import BCQ, ScaleKind, Uniform
+from rewriter.passes.shift_add.dense import Dense
+from rewriter.passes.shift_add.modes import Mode
+from rewriter.passes.shift_add.pot import Pot
 from rewriter.passes.shift_add.rules import EmbeddingRule, LinearRule
 from rewriter.registry import nearest, register
 from rewriter.rules import CALIBRATED, Contract, Pass, Rule
 
-_MODES = ("bcq", "pot")
-_SCALES = ("pot", "fp16")
+_MODES = ("bcq", "uniform", "pot", "apot", "dense")
+_SCALES = ("auto", "pot", "fp16")
 
 
 @register
 @dataclass(frozen=True)
 class ShiftAdd(Pass):
-    """Store linear weights as sums of signed bases (bcq) or signed powers of two (pot), fitted in closed form.
+    """Store linear weights in a few bits, as sums of signed bases or powers of two, fitted in closed form.
 
     Attributes:
         bits: stored code width per weight, all terms and signs together, without scales; 1 to 8.
         group: weights per scale along the input dimension; a last ragged group is fine.
-        mode: ``"bcq"``: `bits` binary bases ±1 under one scale each; ``"pot"``: `terms` signed powers of two.
+        mode: ``"bcq"``: `bits` binary bases ±1, the nearest of all modes; ``"uniform"``: the integer grid, spelled in
+            binary bases; ``"pot"``: `terms` signed powers of two (DeepShift); ``"apot"``: additive powers of two;
+            ``"dense"``: one signed power of two, never zero (DenseShift).
         terms: powers of two per weight (mode pot); `bits` must be a multiple with at least 2 bits a term.
-        scale: of bcq's bases: ``"pot"``: power-of-two multiples of one fp16 group scale (4.25 bits per weight at the
-            defaults), ``"fp16"``: free (4.5 bits).
+        scale: what a group's scale is. Mode bcq: ``"pot"``: bases are powers of two apart under one fp16 scale (4.25
+            bits per weight at the defaults), ``"fp16"``: each basis has its own (4.5 bits). Other modes: ``"fp16"``,
+            or ``"pot"``: the scale itself is a power of two. ``"auto"``: "pot" in mode bcq, "fp16" in the others.
         embeddings: also the input embeddings.
     """
 
@@ -36,7 +44,7 @@ class ShiftAdd(Pass):
     group: int = 128
     mode: str = "bcq"
     terms: int = 1
-    scale: str = "pot"
+    scale: str = "auto"
     embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -50,13 +58,25 @@ class ShiftAdd(Pass):
             raise PlanError(f"shift_add: group={self.group} must be at least 1 (weights per scale)")
         if not 1 <= self.bits <= 8:
             raise PlanError(f"shift_add: bits={self.bits} must be 1 to 8 (stored bits per weight)")
-        if self.mode == "bcq" and self.terms != 1:
-            raise PlanError(f"shift_add: terms={self.terms} belongs to mode pot; in mode bcq the bits are the terms")
+        if self.mode != "pot" and self.terms != 1:
+            raise PlanError(f"shift_add: terms={self.terms} belongs to mode pot, not to mode {self.mode}")
         if self.mode == "pot" and (self.terms < 1 or self.bits % self.terms or self.bits // self.terms < 2):
             raise PlanError(
                 f"shift_add: bits={self.bits} and terms={self.terms} contradict each other: bits must be a multiple of "
                 "terms, with at least 2 bits (a sign and an exponent) per term"
             )
+        self.spelling()  # a mode refuses the bits it cannot use
 
     def rules(self) -> tuple[Rule, ...]:
         return (LinearRule(self), *([EmbeddingRule(self)] if self.embeddings else []))
+
+    def spelling(self) -> Mode:
+        """The mode with its settings."""
+        if self.mode == "bcq":
+            return BCQ(self.bits, "fp16" if self.scale == "fp16" else "pot")
+        scale = cast(ScaleKind, "pot" if self.scale == "pot" else "fp16")
+        if self.mode == "pot":
+            return Pot(self.bits, self.terms, scale)
+        if self.mode == "uniform":
+            return Uniform(self.bits, scale)
+        return Apot(self.bits, scale) if self.mode == "apot" else Dense(self.bits, scale)

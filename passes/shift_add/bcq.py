@@ -23,27 +23,20 @@ uniform grids as binary codes: Park et al., "LUT-GEMM", 2022; power-of-two scale
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from rewriter.errors import PlanError
 from rewriter.kernels.shift_add import codec
-from rewriter.passes.shift_add import measures
-from rewriter.passes.shift_add.groups import (
-    GAIN,
-    WIDE,
-    Groups,
-    Rounding,
-    check_group,
-    check_weight,
-    chunks,
-    times_power_of_two,
-)
-from rewriter.passes.shift_add.levels import Fitness, code_words, judge
+from rewriter.passes.shift_add import modes
+from rewriter.passes.shift_add.codes import BCQCodes
+from rewriter.passes.shift_add.groups import GAIN, WIDE, Groups, Rounding
+from rewriter.passes.shift_add.levels import Fitness, Levels, judge, words_of
+from rewriter.passes.shift_add.modes import Codes, Grid, Mode
 from rewriter.passes.shift_add.search import best_scale
 
 ScaleKind = Literal["pot", "fp16"]
@@ -52,50 +45,97 @@ ROUNDS = 8  # alternations per start; the error has settled to three digits by t
 GEOMETRIC_RATIOS = (0.65, 0.75, 0.9)  # best bases of bell-shaped and heavy-tailed groups fall off this slowly
 
 
-@dataclass(frozen=True, eq=False)
-class BCQCodes:
-    """A weight in binary coding, laid out as `rewriter.kernels.shift_add.codec` describes.
+class _Binary(Mode):
+    """Scales are ``alpha [rows, bits]``, one per basis, as stored; code words hold bit b for basis b."""
 
-    Attributes:
-        codes: ``uint8 [out, bits, ceil(in / 8)]``.
-        scale: in the weight's dtype; ``[out, G]`` with ``shift``, else ``[out, G, bits]``.
-        shift: ``uint8 [out, G, ceil(bits / 2)]`` packed exponents; None where each basis has its own scale.
-        group: weights per group; the last may be ragged.
-        in_features: columns of the weight.
+    @property
+    def free(self) -> bool:
+        """Whether each basis has a scale of its own; otherwise they are powers of two apart."""
+        return False
+
+    @property
+    def coefficients(self) -> int:
+        return self.bits if self.free else 1
+
+    def grid(self, scales: Tensor) -> Grid:
+        levels = Levels.of(scales)
+        positive, negative = words_of(levels, self.bits)
+        return Grid(levels.values, positive, negative)
+
+    def design(self, words: Tensor, scales: Tensor) -> Tensor:
+        places = torch.arange(self.bits, device=words.device)
+        signs = (((words.unsqueeze(-1) >> places) & 1) * 2 - 1).to(WIDE)
+        return signs if self.free else (signs @ _units(scales).unsqueeze(-1))
+
+    def refit(self, scales: Tensor, coefficients: Tensor, rounding: Rounding) -> Tensor:
+        if self.free:
+            return rounding(coefficients.to(WIDE), _no_exponent(coefficients))
+        leading = rounding(coefficients.to(WIDE).clamp_min(0), _no_exponent(coefficients))
+        return leading * _units(scales)
+
+    def assemble(self, words: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Codes:
+        planes = torch.stack([(words >> b) & 1 for b in range(self.bits)], dim=1)
+        codes, width = codec.pack_bits(planes), words.shape[-1]
+        if self.free:
+            return BCQCodes(codes, scales.to(dtype), None, group, width)
+        exponents = torch.frexp(_units(scales)).exponent
+        shift = codec.pack_nibbles(exponents[..., :1] - exponents)
+        return BCQCodes(codes, scales[..., 0].to(dtype), shift, group, width)
+
+    def scales_of(self, codes: Codes) -> Tensor:
+        shift = cast(BCQCodes, codes).shift
+        return codec.bcq_alpha(codes.scale.detach(), shift, codes.bits, WIDE)
+
+
+@dataclass(frozen=True)
+class BCQ(_Binary):
+    """Fitted binary bases; ``scale``: "pot": powers of two apart under one scale per group, "fp16": free.
+
+    Raises:
+        PlanError: ``bits`` or ``scale`` out of range.
     """
 
-    codes: Tensor
-    scale: Tensor
-    shift: Tensor | None
-    group: int
-    in_features: int
+    name: ClassVar[str] = "bcq"
+    bits: int = 4
+    scale: ScaleKind = "pot"
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits, "bcq")
+        if self.scale not in ("pot", "fp16"):
+            raise PlanError(f'shift_add: scale must be "pot" or "fp16", got {self.scale!r}')
 
     @property
-    def bits(self) -> int:
-        """Bases, that is stored code bits per weight."""
-        return self.codes.shape[1]
+    def free(self) -> bool:
+        return self.scale == "fp16"
+
+    def best(self, groups: Groups, rounding: Rounding) -> Tensor:
+        return _fit_groups(groups, self.bits, self.scale, rounding)
+
+
+@dataclass(frozen=True)
+class Uniform(_Binary):
+    """The mid-rise uniform grid ``step · (j + 1/2)`` with its best step per group, stored as binary bases.
+
+    This is round-to-nearest integer quantisation, exactly: alpha = step · (2^(bits-2), …, 1, 1/2). ``scale``: "fp16",
+    or "pot" for steps that are powers of two.
+
+    Raises:
+        PlanError: ``bits`` out of range.
+    """
+
+    name: ClassVar[str] = "uniform"
+    bits: int = 4
+    scale: ScaleKind = "fp16"
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits, "uniform")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)`` of the dense weight."""
-        return self.codes.shape[0], self.in_features
+    def power_of_two(self) -> bool:
+        return self.scale == "pot"
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales and exponents included."""
-        out, width = self.shape
-        return measures.bits_per_weight(self.codes, self.scale, self.shift, weights=out * width)
-
-    def rows(self, start: int, end: int) -> BCQCodes:
-        """The codes of rows ``start`` to ``end - 1``, sharing memory."""
-        shift = None if self.shift is None else self.shift[start:end]
-        return replace(self, codes=self.codes[start:end], scale=self.scale[start:end], shift=shift)
-
-    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Dense ``[out, in]`` in ``dtype`` (the scales' by default)."""
-        work = codec.compute_dtype(self.scale)
-        dense = codec.decode_bcq(self.codes, self.scale, self.shift, self.group, self.in_features, work)
-        return dense.to(self.scale.dtype if dtype is None else dtype)
+    def best(self, groups: Groups, rounding: Rounding) -> Tensor:
+        return _uniform(groups, self.bits, rounding).alpha
 
 
 def fit(
@@ -104,74 +144,32 @@ def fit(
     bits: int,
     group: int = 128,
     scale: ScaleKind = "pot",
+    importance: Tensor | None = None,
     rows_per_chunk: int | None = None,
 ) -> BCQCodes:
-    """Fit a dense weight in closed form; deterministic, and independent of ``rows_per_chunk``.
-
-    Scales are rounded to fp16 values and returned in the weight's dtype; where a non-zero group's largest
-    magnitude lies outside [2^-12, 2^15] the scales of the whole weight keep the precision of its dtype.
-
-    Args:
-        weight: ``[out, in]``, floating and finite.
-        bits: bases per weight, 1 to 8.
-        group: weights along ``in`` that share scales; wider than the row means the row.
-        scale: "pot": one scale per group, bases differ by powers of two; "fp16": one per basis and group.
-        rows_per_chunk: rows fitted at once; by default about ten MB of working memory.
-
-    Raises:
-        PlanError: ``bits``, ``group`` or ``scale`` out of range.
-        ValueError: the weight is not a finite floating matrix.
-    """
-    _check(weight, bits, group)
-    if scale not in ("pot", "fp16"):
-        raise PlanError(f'shift_add: scale must be "pot" or "fp16", got {scale!r}')
-    rounding = Rounding.of(weight, group)
-    parts = []
-    for groups in chunks(weight, group, rows_per_chunk):
-        alpha = _fit_groups(groups, bits, scale, rounding)
-        parts.append(_encode(groups, alpha, scale == "pot", rounding, weight.shape[1], group))
-    return _join(parts, group, weight.shape[1])
+    """`modes.fit` of a `BCQ` mode; arguments, rounding of the scales and errors as there."""
+    mode = BCQ(bits, scale)
+    return cast(BCQCodes, modes.fit(weight, mode, group=group, importance=importance, rows_per_chunk=rows_per_chunk))
 
 
 def uniform(weight: Tensor, *, bits: int, group: int = 128, rows_per_chunk: int | None = None) -> BCQCodes:
-    """The mid-rise uniform grid ``step · (j + 1/2)`` with its best step per group, in the same format.
-
-    This is round-to-nearest integer quantisation, the yardstick which `fit` never exceeds. Arguments, errors
-    and rounding of the scale as for `fit`.
-    """
-    _check(weight, bits, group)
-    rounding = Rounding.of(weight, group)
-    parts = []
-    for groups in chunks(weight, group, rows_per_chunk):
-        alpha = _uniform(groups, bits, rounding).alpha
-        parts.append(_encode(groups, alpha, True, rounding, weight.shape[1], group))
-    return _join(parts, group, weight.shape[1])
+    """`modes.fit` of the `Uniform` grid, the yardstick which `fit` never exceeds."""
+    return cast(BCQCodes, modes.fit(weight, Uniform(bits), group=group, rows_per_chunk=rows_per_chunk))
 
 
-def nearest(weight: Tensor, like: BCQCodes, rows_per_chunk: int | None = None) -> BCQCodes:
-    """Code ``weight [out, in]`` anew under the scales of ``like``: each weight's nearest level; idempotent.
-
-    Raises:
-        ValueError: the weight is not a finite floating matrix of ``like``'s shape.
-    """
-    _check(weight, like.bits, like.group)
-    if tuple(weight.shape) != like.shape:
-        raise ValueError(f"weight {list(weight.shape)} does not fit the scales of a {list(like.shape)} weight")
-    alphas = codec.bcq_alpha(like.scale.detach(), like.shift, like.bits, WIDE).flatten(0, 1)
-    parts, done = [], 0
-    for groups in chunks(weight, like.group, rows_per_chunk):
-        alpha = alphas[done : done + groups.count]
-        done += groups.count
-        normalised = times_power_of_two(alpha, -groups.exponent.unsqueeze(-1))
-        parts.append(_pack_words(code_words(groups, normalised), like.bits, weight.shape[1], groups))
-    return replace(like, codes=torch.cat(parts))
-
-
-def _check(weight: Tensor, bits: int, group: int) -> None:
-    check_group(group)
+def _check_bits(bits: int, mode: str) -> None:
     if not 1 <= bits <= codec.MAX_BASES:
-        raise PlanError(f"shift_add: bits must be 1 to {codec.MAX_BASES} in mode bcq, got {bits}")
-    check_weight(weight)
+        raise PlanError(f"shift_add: bits must be 1 to {codec.MAX_BASES} in mode {mode}, got {bits}")
+
+
+def _units(alpha: Tensor) -> Tensor:
+    """The powers of two 2^-k of bases under a shared scale, ``[..., bits]``; 1 for the bases of a zero group."""
+    leading = alpha[..., :1]
+    return torch.where(leading == 0, 1.0, alpha / torch.where(leading == 0, 1.0, leading))
+
+
+def _no_exponent(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.int32)
 
 
 # ---------------------------------------------------------------------------------- fitting
@@ -210,7 +208,7 @@ def _widen(groups: Groups, narrower: _Best, bits: int, kind: ScaleKind, rounding
     best = _Best(embedded, judge(groups, embedded).error)
     grid = _uniform(groups, bits, rounding)
     # mean|r| of the residual, as for a normal one: sqrt(2/pi) of its root mean square
-    residual = (best.error / groups.length[:, 0]).sqrt() * (2 / torch.pi) ** 0.5
+    residual = (best.error / groups.mass[:, -1]).sqrt() * (2 / torch.pi) ** 0.5
     starts = [grid.alpha, torch.cat((narrower.alpha, residual.unsqueeze(-1)), dim=-1)]
     if kind == "fp16":
         starts += [_geometric(groups, bits, ratio) for ratio in GEOMETRIC_RATIOS]
@@ -259,7 +257,7 @@ def _free_scales(fitness: Fitness, alpha: Tensor) -> Tensor:
     Levels do not depend on the order or the signs of the scales; they are returned descending and positive.
     """
     bits = alpha.shape[1]
-    weights = fitness.gram[:, 0, 0].view(-1, 1, 1)  # CᵀC has the number of weights on its diagonal
+    weights = fitness.gram[:, 0, 0].view(-1, 1, 1)  # CᵀC has the weights' importance on its diagonal
     ridge = 1e-6 * weights * torch.eye(bits, dtype=WIDE, device=alpha.device)
     residual = fitness.moment - (fitness.gram @ alpha.unsqueeze(-1)).squeeze(-1)
     delta = _solve(fitness.gram + ridge, residual)
@@ -301,37 +299,3 @@ def _exponent_patterns(bits: int) -> Tensor:
     """
     steps = (s for s in itertools.product((1, 0, 2), repeat=bits - 1) if sum(d != 1 for d in s) <= 3)
     return torch.tensor([(0, *itertools.accumulate(s)) for s in steps], dtype=WIDE)
-
-
-# ---------------------------------------------------------------------------------- encoding
-
-
-def _encode(groups: Groups, alpha: Tensor, pot: bool, rounding: Rounding, in_features: int, group: int) -> BCQCodes:
-    """Pack the rows of a chunk: nearest codes, scales as stored, exponents relative to the first basis."""
-    bits = alpha.shape[1]
-    codes = _pack_words(code_words(groups, alpha), bits, in_features, groups)
-    if not pot:
-        scale = groups.by_row(rounding.stored(alpha, groups.exponent.unsqueeze(-1)))
-        return BCQCodes(codes, scale, None, group, in_features)
-    scale = groups.by_row(rounding.stored(alpha[:, 0], groups.exponent))
-    exponents = torch.frexp(alpha).exponent
-    shift = groups.by_row(exponents[:, :1] - exponents)
-    return BCQCodes(codes, scale, codec.pack_nibbles(shift), group, in_features)
-
-
-def _pack_words(words: Tensor, bits: int, in_features: int, groups: Groups) -> Tensor:
-    """Code words of the groups -> bit planes ``uint8 [rows, bits, ceil(in / 8)]``."""
-    rows = codec.from_groups(groups.by_row(words), in_features)
-    planes = torch.stack([(rows >> b) & 1 for b in range(bits)], dim=1)
-    return codec.pack_bits(planes)
-
-
-def _join(parts: list[BCQCodes], group: int, in_features: int) -> BCQCodes:
-    shifts = [p.shift for p in parts if p.shift is not None]
-    return BCQCodes(
-        codes=torch.cat([p.codes for p in parts]),
-        scale=torch.cat([p.scale for p in parts]),
-        shift=torch.cat(shifts) if shifts else None,
-        group=group,
-        in_features=in_features,
-    )

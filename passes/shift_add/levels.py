@@ -36,7 +36,7 @@ class Levels(NamedTuple):
 
 
 class Fitness(NamedTuple):
-    """Error of some scales and the normal equations of better ones under the codes they choose."""
+    """Error of some scales and the normal equations of better ones under the codes they choose, by importance."""
 
     error: Tensor  # [n]
     gram: Tensor  # [n, bits, bits]  CᵀC
@@ -58,13 +58,10 @@ def judge(groups: Groups, alpha: Tensor) -> Fitness:
     return Fitness(groups.error(cross, square, levels.values[:, -1]), gram, moment)
 
 
-def code_words(groups: Groups, alpha: Tensor) -> Tensor:
-    """Code words of the nearest levels, ``int64 [n, width]``, bit b for basis b."""
-    bits = alpha.shape[1]
+def words_of(levels: Levels, bits: int) -> tuple[Tensor, Tensor]:
+    """The code words of the levels and of minus the levels, both ``int64 [n, m]``; bit b is basis b."""
     every_bit = (1 << bits) - 1
     places = 2.0 ** torch.arange(bits, dtype=WIDE)
-    pattern = (((_half_signs(bits) + 1) / 2 * places.unsqueeze(-1)).sum(0)).to(torch.int64).to(alpha.device)
-    levels = Levels.of(alpha)
-    upward = torch.where(levels.negative, every_bit - pattern, pattern).gather(-1, levels.order)
-    chosen = upward.gather(-1, groups.nearest(levels.values))
-    return torch.where(torch.signbit(groups.values), every_bit - chosen, chosen)
+    pattern = (((_half_signs(bits) + 1) / 2 * places.unsqueeze(-1)).sum(0)).to(torch.int64).to(levels.order.device)
+    positive = torch.where(levels.negative, every_bit - pattern, pattern).gather(-1, levels.order)
+    return positive, every_bit - positive

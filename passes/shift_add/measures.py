@@ -60,13 +60,13 @@ def _ratio(weight: Tensor, codes: _Codes, energy: Callable[[Tensor], Tensor]) ->
 
 
 class _Codes(Protocol):
-    """A fitted weight: `BCQCodes` or `PotCodes`."""
+    """A fitted weight, see `rewriter.passes.shift_add.codes`."""
 
     def rows(self, start: int, end: int) -> _Codes: ...
 
     def decode(self) -> Tensor: ...
 
 
-def bits_per_weight(codes: Tensor, scale: Tensor, shift: Tensor | None, *, weights: int) -> float:
-    """Stored bits per weight of ``weights`` weights, codes and shifts and scales together."""
-    return 8 * sum(stored_bytes(t) for t in (codes, scale, shift) if t is not None) / weights
+def bits_per_weight(*stored: Tensor, weights: int) -> float:
+    """Stored bits per weight of ``weights`` weights: codes, shifts, scales, tables together."""
+    return 8 * sum(stored_bytes(t) for t in stored) / weights

@@ -3,40 +3,42 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from rewriter.kernels.shift_add import op
-from rewriter.passes.shift_add.bcq import BCQCodes
-from rewriter.passes.shift_add.pot import PotCodes
-
-Codes = BCQCodes | PotCodes
+from rewriter.passes.shift_add.codes import AnyCodes
+from rewriter.passes.shift_add.layout import BINARY, Layout
 
 
 class _ShiftAddWeight(nn.Module):
     """The packed weight ``[rows, in_features]`` under the names its parts have in a saved file.
 
     Attributes:
+        layout: how it is packed.
         weight_codes: ``uint8`` buffer.
         weight_scale: trainable scales, floating.
-        weight_shift: ``uint8`` buffer of exponents, or None (absent from the state dict).
+        weight_shift: ``uint8`` buffer of exponents; only where bases share a scale.
+        weight_levels: float32 buffer, the value of every code word; only where codes index a table.
     """
 
     weight_codes: Tensor
     weight_scale: nn.Parameter
-    weight_shift: Tensor | None
 
-    def __init__(self, codes: Codes) -> None:
+    def __init__(self, codes: AnyCodes) -> None:
         super().__init__()
-        self.group = codes.group
-        self.bits = codes.bits
-        self.terms = codes.terms if isinstance(codes, PotCodes) else None
-        self._columns = codes.in_features
-        self.register_buffer("weight_codes", codes.codes)
-        self.weight_scale = _as_parameter(codes.scale)
-        self.register_buffer("weight_shift", codes.shift if isinstance(codes, BCQCodes) else None)
+        self.layout = Layout.of(codes)
+        tensors = codes.tensors()
+        self.weight_scale = _as_parameter(tensors["weight_scale"])
+        for role in self.layout.roles:
+            if role != "weight_scale":
+                self.register_buffer(role, tensors[role])
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What is stored, by role; the module's own tensors."""
+        return {role: getattr(self, role) for role in self.layout.roles}
 
     @property
     def weight(self) -> Tensor:
@@ -44,17 +46,13 @@ class _ShiftAddWeight(nn.Module):
         return self.codes.decode()
 
     @property
-    def codes(self) -> Codes:
+    def codes(self) -> AnyCodes:
         """The packed weight as the fit returned it, sharing this module's tensors."""
-        if self.terms is None:
-            return BCQCodes(self.weight_codes, self.weight_scale, self.weight_shift, self.group, self._columns)
-        return PotCodes(self.weight_codes, self.weight_scale, self.bits, self.terms, self.group, self._columns)
+        return self.layout.codes(self.tensors)
 
     def _describe(self) -> str:
-        if self.terms is not None:
-            return f"bits={self.bits}, mode=pot, terms={self.terms}, group={self.group}"
-        scale = "fp16" if self.weight_shift is None else "pot"
-        return f"bits={self.bits}, mode=bcq, scale={scale}, group={self.group}"
+        scale = (", scale=pot" if self.layout.shared else ", scale=fp16") if self.layout.storage == BINARY else ""
+        return f"bits={self.layout.bits}, storage={self.layout.storage}{scale}, group={self.layout.group}"
 
 
 class ShiftAddLinear(_ShiftAddWeight):
@@ -65,7 +63,7 @@ class ShiftAddLinear(_ShiftAddWeight):
         bias: ``[out_features]`` or None; a `nn.Parameter` is shared, a tensor becomes one.
     """
 
-    def __init__(self, codes: Codes, bias: Tensor | None = None) -> None:
+    def __init__(self, codes: AnyCodes, bias: Tensor | None = None) -> None:
         super().__init__(codes)
         self.out_features, self.in_features = codes.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
@@ -74,20 +72,13 @@ class ShiftAddLinear(_ShiftAddWeight):
 
     def rows(self, start: int, end: int) -> ShiftAddLinear:
         """The layer of outputs ``start`` to ``end - 1`` alone, with tensors of its own."""
-        whole = self.codes
-        codes, scale = whole.codes[start:end].clone(), whole.scale.detach()[start:end].clone()
+        part = {role: t.detach().clone() for role, t in self.codes.rows(start, end).tensors().items()}
         bias = None if self.bias is None else self.bias.detach()[start:end].clone()
-        if isinstance(whole, PotCodes):
-            return ShiftAddLinear(replace(whole, codes=codes, scale=scale), bias)
-        shift = None if whole.shift is None else whole.shift[start:end].clone()
-        return ShiftAddLinear(replace(whole, codes=codes, scale=scale, shift=shift), bias)
+        return ShiftAddLinear(self.layout.codes(part), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale, width = self.weight_codes, self.weight_scale, self.in_features
-        if self.terms is None:
-            out: Tensor = op.bcq_linear(x, codes, scale, self.weight_shift, self.bias, self.group, width)
-        else:
-            out = op.pot_linear(x, codes, scale, self.bias, self.bits, self.terms, self.group, width)
+        operator, arguments = self.layout.linear(x, self.tensors, self.bias)
+        out: Tensor = operator(*arguments)
         return out
 
     def extra_repr(self) -> str:
@@ -105,7 +96,7 @@ class ShiftAddEmbedding(_ShiftAddWeight):
         padding_idx: row that receives no gradient, as in `nn.Embedding`.
     """
 
-    def __init__(self, codes: Codes, padding_idx: int | None = None) -> None:
+    def __init__(self, codes: AnyCodes, padding_idx: int | None = None) -> None:
         super().__init__(codes)
         self.num_embeddings, self.embedding_dim = codes.shape
         if padding_idx is not None and not -self.num_embeddings <= padding_idx < self.num_embeddings:
@@ -113,11 +104,8 @@ class ShiftAddEmbedding(_ShiftAddWeight):
         self.padding_idx = None if padding_idx is None else padding_idx % self.num_embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
-        codes, scale, width = self.weight_codes, self.weight_scale, self.embedding_dim
-        if self.terms is None:
-            rows: Tensor = op.bcq_embedding(ids, codes, scale, self.weight_shift, self.group, width)
-        else:
-            rows = op.pot_embedding(ids, codes, scale, self.bits, self.terms, self.group, width)
+        operator, arguments = self.layout.embedding(ids, self.tensors)
+        rows: Tensor = operator(*arguments)
         if self.padding_idx is None or not rows.requires_grad:
             return rows
         return torch.where((ids == self.padding_idx).unsqueeze(-1), rows.detach(), rows)

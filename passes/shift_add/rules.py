@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y = x Wᵀ + b  ≈  x (Σ_b 2^-k_b · s · c_b)ᵀ + b,  c_b ∈ {-1, +1};  and the same for W[ids]."""
+"""y = x Wᵀ + b  ≈  x Ŵᵀ + b with Ŵ made of shifts and adds (`rewriter.passes.shift_add.modes`);  and Ŵ[ids]."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch.fx import Node
 from rewriter import legality
 from rewriter.calibration import Statistics
 from rewriter.editing import Editor
-from rewriter.kernels.shift_add import op as operators
 from rewriter.matcher import Match, Miss
-from rewriter.passes.shift_add import bcq, measures, modules, pot
+from rewriter.passes.shift_add import energy, measures, modes, modules
+from rewriter.passes.shift_add.codes import AnyCodes
+from rewriter.passes.shift_add.layout import Layout
+from rewriter.passes.shift_add.modes import Codes, Mode
 from rewriter.program import Program
 from rewriter.rules import CALIBRATED, Contract, Rule, Site, module_path
 from rewriter.views import EMBEDDING, LINEAR, View, router
@@ -23,11 +25,9 @@ from rewriter.views import EMBEDDING, LINEAR, View, router
 if TYPE_CHECKING:
     from rewriter.passes.shift_add import ShiftAdd
 
-Codes = bcq.BCQCodes | pot.PotCodes
 
-
-class _ShiftAddRule(Rule):
-    """What the linear and the embedding share: how a weight becomes codes."""
+class ShiftAddRule(Rule):
+    """What linear layers, embeddings and pointwise convolutions share: how a weight becomes codes."""
 
     contract: ClassVar[Contract] = CALIBRATED("closed form from the weights")
     parametric: ClassVar[bool] = True
@@ -53,14 +53,26 @@ class _ShiftAddRule(Rule):
     def replaced_tensors(self, match: Match) -> tuple[str, ...]:
         return (str(match["weight"].target),)
 
-    def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("weight_codes", "weight_scale", *(["weight_shift"] if self._has_shift else []))
+    def settle(
+        self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
+    ) -> dict[str, Any]:
+        rows, columns = (int(s) for s in site.match["weight"].meta["val"].shape[:2])
+        return {"in_features": rows if site.match.captures.get("transposed") else columns}
 
-    def fit(self, weight: Tensor) -> Codes:
-        o = self.options
-        if o.mode == "pot":
-            return pot.fit(weight, bits=o.bits, terms=o.terms, group=o.group)
-        return bcq.fit(weight, bits=o.bits, group=o.group, scale="pot" if o.scale == "pot" else "fp16")
+    def mode(self, choice: Mapping[str, Any]) -> Mode:
+        """How this site's weight is spelled."""
+        return self.options.spelling()
+
+    def layout(self, choice: Mapping[str, Any]) -> Layout:
+        """How this site's weight is stored."""
+        return Layout.planned(self.mode(choice), self.options.group, choice["in_features"])
+
+    def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
+        return self.layout(choice).roles
+
+    def fit(self, site: Site, weight: Tensor, choice: Mapping[str, Any], statistics: Statistics | None) -> Codes:
+        """The packed weight of a site."""
+        return modes.fit(weight, self.mode(choice), group=self.options.group)
 
     def initialise(
         self,
@@ -70,14 +82,9 @@ class _ShiftAddRule(Rule):
         statistics: Statistics | None,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        weight = _as_rows(site.match, read)
-        fitted = self.fit(weight.detach())
-        made = {
-            "weight_codes": fitted.codes,
-            "weight_scale": nn.Parameter(fitted.scale, requires_grad=weight.requires_grad),
-        }
-        if isinstance(fitted, bcq.BCQCodes) and fitted.shift is not None:
-            made["weight_shift"] = fitted.shift
+        weight = as_rows(site.match, read)
+        made = dict(self.fit(site, weight.detach(), choice, statistics).tensors())
+        made["weight_scale"] = nn.Parameter(made["weight_scale"], requires_grad=weight.requires_grad)
         return made
 
     def measure(
@@ -88,37 +95,20 @@ class _ShiftAddRule(Rule):
         choice: Mapping[str, Any],
         statistics: Statistics | None,
     ) -> dict[str, float]:
-        weight = _as_rows(site.match, before)
+        """Relative errors of the weight and (with calibration) of the outputs, stored bits per weight, energy."""
+        weight = as_rows(site.match, before)
         moment = statistics.get("second_moment", site.paths) if statistics is not None else None
-        figures = measures.errors(weight, self._codes(after, choice["in_features"]), moment)
-        stored = measures.bits_per_weight(
-            after["weight_codes"], after["weight_scale"], after.get("weight_shift"), weights=weight.numel()
-        )
-        return figures | {"bits": stored}
+        layout = self.layout(choice)
+        figures = measures.errors(weight, layout.codes(after), moment)
+        bits = measures.bits_per_weight(*(after[role] for role in layout.roles), weights=weight.numel())
+        return figures | {"bits": bits} | self.energy(weight, choice, bits)
 
-    @property
-    def _has_shift(self) -> bool:
-        return self.options.mode == "bcq" and self.options.scale == "pot"
-
-    def _codes(self, tensors: Mapping[str, Tensor], in_features: int) -> Codes:
-        o = self.options
-        codes, scale = tensors["weight_codes"], tensors["weight_scale"]
-        if o.mode == "pot":
-            return pot.PotCodes(
-                codes=codes, scale=scale, bits=o.bits, terms=o.terms, group=o.group, in_features=in_features
-            )
-        return bcq.BCQCodes(
-            codes=codes, scale=scale, shift=tensors.get("weight_shift"), group=o.group, in_features=in_features
-        )
-
-    def settle(
-        self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
-    ) -> dict[str, Any]:
-        rows, columns = (int(s) for s in site.match["weight"].meta["val"].shape)
-        return {"in_features": rows if site.match.captures.get("transposed") else columns}
+    def energy(self, weight: Tensor, choice: Mapping[str, Any], bits: float) -> dict[str, float]:
+        """Energy per token, see `rewriter.passes.shift_add.energy`."""
+        return energy.linear(self.mode(choice), weight.shape[0], weight.shape[1], self.options.group, bits)
 
 
-class LinearRule(_ShiftAddRule):
+class LinearRule(ShiftAddRule):
     name: ClassVar[str] = "shift_add.linear"
     role: ClassVar[str] = "linear"
     view: ClassVar[View] = LINEAR
@@ -126,41 +116,20 @@ class LinearRule(_ShiftAddRule):
     def rewrite(
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
     ) -> Mapping[Node, Node]:
-        o, p = self.options, parameters
-        if o.mode == "pot":
-            new = edit.call(
-                operators.pot_linear,
-                match["x"],
-                p["weight_codes"],
-                p["weight_scale"],
-                match["bias"],
-                o.bits,
-                o.terms,
-                o.group,
-                choice["in_features"],
-            )
-        else:
-            new = edit.call(
-                operators.bcq_linear,
-                match["x"],
-                p["weight_codes"],
-                p["weight_scale"],
-                p.get("weight_shift"),
-                match["bias"],
-                o.group,
-                choice["in_features"],
-            )
-        return {match.root: new}
+        operator, arguments = self.layout(choice).linear(match["x"], parameters, match["bias"])
+        return {match.root: edit.call(operator, *arguments)}
 
     def needs(self, match: Match) -> Mapping[str, Node]:
         return {"second_moment": match["x"]}
 
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
-        bias = tensors.get("bias")
-        return modules.ShiftAddLinear(self._codes(tensors, choice["in_features"]), bias)
+        return modules.ShiftAddLinear(self._codes(tensors, choice), tensors.get("bias"))
+
+    def _codes(self, tensors: Mapping[str, Tensor], choice: Mapping[str, Any]) -> AnyCodes:
+        return self.layout(choice).codes(tensors)
 
 
-class EmbeddingRule(_ShiftAddRule):
+class EmbeddingRule(ShiftAddRule):
     name: ClassVar[str] = "shift_add.embedding"
     role: ClassVar[str] = "embedding"
     view: ClassVar[View] = EMBEDDING
@@ -168,35 +137,17 @@ class EmbeddingRule(_ShiftAddRule):
     def rewrite(
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
     ) -> Mapping[Node, Node]:
-        o, p = self.options, parameters
-        if o.mode == "pot":
-            new = edit.call(
-                operators.pot_embedding,
-                match["ids"],
-                p["weight_codes"],
-                p["weight_scale"],
-                o.bits,
-                o.terms,
-                o.group,
-                choice["in_features"],
-            )
-        else:
-            new = edit.call(
-                operators.bcq_embedding,
-                match["ids"],
-                p["weight_codes"],
-                p["weight_scale"],
-                p.get("weight_shift"),
-                o.group,
-                choice["in_features"],
-            )
-        return {match.root: new}
+        operator, arguments = self.layout(choice).embedding(match["ids"], parameters)
+        return {match.root: edit.call(operator, *arguments)}
 
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
-        return modules.ShiftAddEmbedding(self._codes(tensors, choice["in_features"]))
+        return modules.ShiftAddEmbedding(self.layout(choice).codes(tensors))
+
+    def energy(self, weight: Tensor, choice: Mapping[str, Any], bits: float) -> dict[str, float]:
+        return energy.lookup(weight.shape[1], bits)
 
 
-def _as_rows(match: Match, read: Callable[[str], Tensor]) -> Tensor:
+def as_rows(match: Match, read: Callable[[str], Tensor]) -> Tensor:
     """The weight as [out, in]; transformers' Conv1D stores it the other way round."""
     weight = read(str(match["weight"].target))
     return weight.t() if match.captures.get("transposed") else weight

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`structure="auto"`: the smallest codebook head whose measured KL stays under a limit.
 
-The sample of hidden states is cut in two. Three quarters fit a candidate; on the rest its KL(dense ‖ rewritten) is
-computed exactly. A binary search over the sizes finds the smallest under the limit.
+Candidates are product codebooks of 8 to 2 dimensions per group, each alone and with some exact rows beside it (the
+other structures lose to these at every size measured: docs/vq_logits.md). The sample of hidden states is cut in two.
+Three quarters fit a candidate; on the rest its KL(dense ‖ rewritten) is computed exactly. A binary search over the sizes
+finds the smallest under the limit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.errors import PlanError
-from rewriter.kernels.vq_logits.codec import MAX_GROUP_CODES
-from rewriter.kernels.vq_logits.reference import product_logits, tiers_logits
+from rewriter.kernels.vq_logits.codec import MAX_GROUP_CODES, code_bytes
 from rewriter.narrow import stored_bytes
-from rewriter.passes.vq_logits.product import DIMS, ProductHead, fit_product
-from rewriter.passes.vq_logits.tiers import TiersHead
+from rewriter.passes.vq_logits.exact import fit_exact
+from rewriter.passes.vq_logits.heads import CodebookHead
+from rewriter.passes.vq_logits.product import DIMS, fit_product
 
 DEFAULT_DIMS = 4
 # Logits are formed for this many (position, token) pairs at a time: 32 MiB in float32, twice.
@@ -33,6 +36,7 @@ class Candidate:
     codes: int
     bytes: int
     kl: float | None
+    exact_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Choice:
     Without calibration nothing is measured: ``chosen.kl`` is None and ``kept`` is False.
     """
 
-    head: ProductHead
+    head: CodebookHead
     chosen: Candidate
     tried: tuple[Candidate, ...]
     kept: bool
@@ -58,14 +62,16 @@ def choose(
     counts: Tensor | None = None,
     max_kl: float = 0.05,
     metric: str = "auto",
+    exact_rows: Sequence[int] = (0,),
     generator: torch.Generator,
 ) -> Choice:
-    """The smallest product head under ``max_kl`` nats per token; the closest one where none is.
+    """The smallest product head, with or without exact rows, under ``max_kl`` nats per token; the closest one where none is.
 
     Args:
         weight: the dense head ``[V, d]``; head_bias ``[V]``.
         hidden: a sample of hidden states ``[n, d]``, n ≥ 2; without it: 256 codes per 4 dimensions, unmeasured.
         second_moment, counts, metric: see `metric.head_metric`.
+        exact_rows: numbers of exact rows to try beside each codebook; without a sample only the first.
         generator: the only source of randomness.
 
     Raises:
@@ -77,32 +83,33 @@ def choose(
     limit = dense_bytes(weight, head_bias)
     start = generator.get_state()
 
-    def fit(dims: int, sample: Tensor | None) -> ProductHead:
+    def fit(dims: int, rows: int, sample: Tensor | None) -> CodebookHead:
         own = torch.Generator().set_state(start)  # each candidate is fitted as if it were the only one
-        return fit_product(
-            weight, dims=dims, codes=codes, counts=counts, second_moment=second_moment, hidden=sample,
-            metric=metric, head_bias=head_bias, generator=own,
-        )  # fmt: skip
+        known = {"counts": counts, "second_moment": second_moment, "hidden": sample, "head_bias": head_bias}
+        if rows == 0:
+            return fit_product(weight, dims=dims, codes=codes, metric=metric, generator=own, **known)
+        return fit_exact(weight, rows=rows, dims=dims, codes=codes, metric=metric, generator=own, **known)
 
     if hidden is None:
-        head = fit(DEFAULT_DIMS, None)
-        only = Candidate(DEFAULT_DIMS, codes, head_bytes(head), None)
+        head = fit(DEFAULT_DIMS, exact_rows[0], None)
+        only = Candidate(DEFAULT_DIMS, codes, head.bytes, None, exact_rows[0])
         if only.bytes >= limit:
             raise _no_gain(weight, only)
         return Choice(head, only, (only,), False)
     fitting, judging = split_sample(hidden)
-    sizes = sorted(DIMS, key=lambda w: _expected_bytes(weight, w, codes))
-    affordable = [w for w in sizes if _expected_bytes(weight, w, codes) < limit]
+    sizes = sorted((_expected_bytes(weight, w, codes, m), w, m) for w in DIMS for m in exact_rows)
+    affordable = [size for size in sizes if size[0] < limit]
     if not affordable:
-        raise _no_gain(weight, Candidate(sizes[0], codes, _expected_bytes(weight, sizes[0], codes), None))
-    found: dict[int, tuple[ProductHead, Candidate, float]] = {}
+        raise _no_gain(weight, Candidate(sizes[0][1], codes, sizes[0][0], None))
+    found: dict[int, tuple[CodebookHead, Candidate, float]] = {}
     # KL falls as heads grow: a binary search finds the first one under the limit with the fewest fits.
     low, high = 0, len(affordable)
     while low < high:
         middle = (low + high) // 2
-        head = fit(affordable[middle], fitting)
+        _, dims, rows = affordable[middle]
+        head = fit(dims, rows, fitting)
         kl = head_kl(weight, head_bias, head, judging)
-        found[middle] = head, Candidate(affordable[middle], codes, head_bytes(head), kl), kl
+        found[middle] = head, Candidate(dims, codes, head.bytes, kl, rows), kl
         low, high = (low, middle) if kl <= max_kl else (middle + 1, high)
     kept = low < len(affordable)
     best = found[low] if kept else min(found.values(), key=lambda f: f[2])
@@ -110,7 +117,7 @@ def choose(
 
 
 @torch.no_grad()
-def head_kl(weight: Tensor, head_bias: Tensor | None, head: ProductHead | TiersHead, hidden: Tensor) -> float:
+def head_kl(weight: Tensor, head_bias: Tensor | None, head: CodebookHead, hidden: Tensor) -> float:
     """Mean of KL(softmax of the dense head ‖ softmax of the codebook head) over hidden states ``[n, d]``, in nats.
 
     Computed over the whole vocabulary in float32 (float64 for a float64 head), summed in float64.
@@ -120,26 +127,9 @@ def head_kl(weight: Tensor, head_bias: Tensor | None, head: ProductHead | TiersH
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for h in hidden.to(dtype).split(max(1, CHUNK // weight.shape[0])):
         p = F.linear(h, dense, bias).log_softmax(-1)
-        q = head_logits(head, h).log_softmax(-1)
+        q = head.logits(h).log_softmax(-1)
         total += F.kl_div(q, p, log_target=True, reduction="none").sum(-1).double().sum()
     return float(total / hidden.shape[0])
-
-
-def head_logits(head: ProductHead | TiersHead, h: Tensor) -> Tensor:
-    """Logits of a fitted head for hidden states ``[..., d]``."""
-    if isinstance(head, ProductHead):
-        return product_logits(h, head.codebook, head.codes, head.bias)
-    return tiers_logits(h, head.codebook, head.code_of, head.token_bias)
-
-
-def head_bytes(head: ProductHead | TiersHead) -> int:
-    """Bytes of a fitted head in the stored file."""
-    tensors = (
-        (head.codebook, head.codes, head.bias)
-        if isinstance(head, ProductHead)
-        else (head.codebook, head.code_of, head.token_bias)
-    )
-    return sum(stored_bytes(t) for t in tensors if t is not None)
 
 
 def dense_bytes(weight: Tensor, head_bias: Tensor | None) -> int:
@@ -160,11 +150,11 @@ def split_sample(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:cut], hidden[cut:]
 
 
-def _expected_bytes(weight: Tensor, dims: int, codes: int) -> int:
-    """Codes and an fp16 codebook; what orders the candidates before they are fitted."""
+def _expected_bytes(weight: Tensor, dims: int, codes: int, rows: int) -> int:
+    """Codes, an fp16 codebook and fp16 rows; what orders the candidates before they are fitted."""
     v, d = weight.shape
     groups = -(-d // dims)
-    return groups * (v + 2 * codes * dims)
+    return groups * (v + 2 * codes * dims) + rows * (2 * d + code_bytes(v))
 
 
 def _no_gain(weight: Tensor, smallest: Candidate) -> PlanError:

@@ -23,14 +23,13 @@ row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.errors import PlanError
 from rewriter.kernels.vq_logits.codec import MAX_GROUP_CODES
+from rewriter.passes.vq_logits.heads import ProductHead as ProductHead
 from rewriter.passes.vq_logits.kmeans import argmax, kmeans
 from rewriter.passes.vq_logits.metric import HeadMetric, head_metric, round_to_half
 
@@ -40,15 +39,6 @@ CHUNK = 1 << 20
 # Passes of rounding in sequence, and the weights of μμᵀ: during those, and in the first visits of every group.
 PASSES = 3
 FIRST_SHARES = (0.1, 0.3)
-
-
-@dataclass(frozen=True)
-class ProductHead:
-    """Codebook ``[G, C, w]`` (fp16-representable), codes uint8 ``[V, G]``, bias ``[V]`` or None."""
-
-    codebook: Tensor
-    codes: Tensor
-    bias: Tensor | None
 
 
 @torch.no_grad()
@@ -79,25 +69,16 @@ def fit_product(
     Raises:
         PlanError: more codes than tokens, or dims, codes or metric that are not offered.
     """
-    _check(weight, dims, codes)
+    check_product_options(weight, dims, codes)
     form = head_metric(metric, weight, head_bias=head_bias, counts=counts, second_moment=second_moment, hidden=hidden)
-    fit = _Fit(weight, dims, form)
+    fit = ProductFit(weight, dims, form)
     fit.start(codes, generator)
-    if sweeps > 0:
-        fit.weigh_means(FIRST_SHARES[0])
-        for _ in range(PASSES):
-            fit.round_in_sequence()
-    for share in (*FIRST_SHARES, *[1.0] * sweeps)[:sweeps]:
-        fit.weigh_means(share)
-        fit.sweep()
-    fit.codebook = round_to_half(fit.codebook, weight.dtype)
-    fit.weigh_means(1.0)
-    fit.sweep(update=False)
-    bias = None if head_bias is None else head_bias.clone()
-    return ProductHead(fit.codebook.to(weight.dtype), fit.codes.to(torch.uint8), bias)
+    fit.descend(sweeps)
+    return fit.head(weight.dtype, head_bias)
 
 
-def _check(weight: Tensor, dims: int, codes: int) -> None:
+def check_product_options(weight: Tensor, dims: int, codes: int) -> None:
+    """Raises PlanError: dims or codes that are not offered, or more codes than tokens."""
     if dims not in DIMS:
         raise PlanError(f"vq_logits groups {', '.join(map(str, DIMS))} dimensions, not {dims}")
     if not 1 <= codes <= MAX_GROUP_CODES:
@@ -106,8 +87,8 @@ def _check(weight: Tensor, dims: int, codes: int) -> None:
         raise PlanError(f"{codes} codes for a head of {weight.shape[0]} tokens: give at most as many codes as tokens")
 
 
-class _Fit:
-    """State of the descent: rows, error, codes ``[V, G]`` and codebook ``[G, C, w]``, all of padded width G·w."""
+class ProductFit:
+    """State of a descent: rows, error, codes ``[V, G]`` and codebook ``[G, C, w]``, all of padded width G·w."""
 
     def __init__(self, weight: Tensor, dims: int, form: HeadMetric) -> None:
         self.dims = dims
@@ -138,6 +119,23 @@ class _Fit:
         self.codes = found.code.t().contiguous()
         self.weigh_means(1.0)
 
+    def descend(self, sweeps: int) -> None:
+        """Round in sequence, then visit every group ``sweeps`` times; nothing at all with 0."""
+        if sweeps > 0:
+            self.weigh_means(FIRST_SHARES[0])
+            for _ in range(PASSES):
+                self.round_in_sequence()
+        for share in (*FIRST_SHARES, *[1.0] * sweeps)[:sweeps]:
+            self.weigh_means(share)
+            self.sweep()
+
+    def head(self, dtype: torch.dtype, bias: Tensor | None) -> ProductHead:
+        """The head as it is stored: the codebook rounded to half precision, then the best codes of *that* one."""
+        self.codebook = round_to_half(self.codebook, dtype)
+        self.weigh_means(1.0)
+        self.sweep(update=False)
+        return ProductHead(self.codebook.to(dtype), self.codes.to(torch.uint8), None if bias is None else bias.clone())
+
     def decoded(self, group: int) -> Tensor:
         return self.codebook[group].index_select(0, self.codes[:, group])
 
@@ -151,10 +149,14 @@ class _Fit:
         """m_i = μ_i·e_i, ``[V]``."""
         return torch.zeros_like(self.a) if self.mean is None else (self.error * self.mean).sum(-1)
 
+    def cost_per_token(self) -> Tensor:
+        """a_i e_iᵀ(S + μ_iμ_iᵀ)e_i, ``[V]``."""
+        quadratic = ((self.error @ self.shared) * self.error).sum(-1)
+        return self.a * (quadratic + self.along_mean.square())
+
     def cost(self) -> float:
         """Σ_i a_i e_iᵀ(S + μ_iμ_iᵀ)e_i / Σ_i a_i."""
-        per_token = ((self.error @ self.shared) * self.error).sum(-1)
-        return float((self.a * (per_token + self.along_mean.square())).sum() / self.a.sum())
+        return float(self.cost_per_token().sum() / self.a.sum())
 
     def round_in_sequence(self) -> None:
         """Choose all codes anew, last group first, each given the errors of the groups after it."""

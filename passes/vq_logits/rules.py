@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""logits = h Wᵀ + b  ≈  Σ_g ⟨h_g, C_g[a_g(i)]⟩ + b_i  (product)   or   (h Cᵀ)[M(i)] + b_i  (tiers)"""
+"""logits = h Wᵀ + b  ≈  Σ_g ⟨h_g, C_g[a_g(i)]⟩ + b_i  (product; h projected first: rotation, low rank)
+
+or (h Cᵀ)[M(i)] + b_i (tiers, pure) or Σ_s (h C_sᵀ)[a_s(i)] + b_i (residual).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +18,11 @@ from torch.fx import Node
 from rewriter import legality
 from rewriter.calibration import Statistics
 from rewriter.editing import Editor
-from rewriter.errors import PlanError
 from rewriter.kernels.vq_logits import op as operators
 from rewriter.matcher import Match, Miss
-from rewriter.passes.vq_logits import choosing, modules
-from rewriter.passes.vq_logits.product import ProductHead, fit_product
-from rewriter.passes.vq_logits.tiers import TiersHead, fit_tiers, floor
+from rewriter.passes.vq_logits import choosing, modules, structures
+from rewriter.passes.vq_logits.heads import CodebookHead, TiersHead
+from rewriter.passes.vq_logits.tiers import floor
 from rewriter.program import Program
 from rewriter.rules import CALIBRATED, Contract, Rule, Site
 from rewriter.views import EMBEDDING, HEAD
@@ -28,8 +30,13 @@ from rewriter.views import EMBEDDING, HEAD
 if TYPE_CHECKING:
     from rewriter.passes.vq_logits import VQLogits
 
-_TOKENS_PER_CODE = 10  # of tiers, where nobody says otherwise
-_CODES_PER_GROUP = 256
+_OPERATORS = {
+    "TiersHead": operators.vq_logits_tiers,
+    "ProductHead": operators.vq_logits_product,
+    "ProjectedHead": operators.vq_logits_product,
+    "ExactHead": operators.vq_logits_product_exact,
+    "ResidualHead": operators.vq_logits_residual,
+}
 
 
 class HeadRule(Rule):
@@ -68,28 +75,22 @@ class HeadRule(Rule):
         weight, bias = _dense(site.match, program.tensor)
         tokens, width = weight.shape
         common = {"in_features": width, "has_bias": bias is not None}
-        if o.structure == "tiers":
-            codes = o.codes if isinstance(o.codes, int) else max(1, tokens // _TOKENS_PER_CODE)
-            _check_codes(codes, tokens)
-            return common | {"structure": "tiers", "codes": codes}
-        codes = o.codes if isinstance(o.codes, int) else min(_CODES_PER_GROUP, tokens)
-        _check_codes(codes, tokens)
-        if o.structure == "product" or statistics is None:
-            return common | {"structure": "product", "codes": codes, "dims": o.dims}
+        settled = structures.settle(o, tokens, width)
+        if o.structure != "auto" or statistics is None:
+            return common | settled
         chosen = choosing.choose(
             weight.detach(), head_bias=bias, hidden=statistics.get("sample", site.paths),
             second_moment=statistics.get("second_moment", site.paths), counts=_counts(statistics, site, tokens),
-            max_kl=o.max_kl, metric=o.metric, generator=generator,
+            max_kl=o.max_kl, metric=o.metric, exact_rows=structures.exact_rows_to_try(o, tokens), generator=generator,
         )  # fmt: skip
-        tried = [{"dims": c.dims, "codes": c.codes, "bytes": c.bytes, "kl": c.kl} for c in chosen.tried]
+        tried = [dataclasses.asdict(c) for c in chosen.tried]
+        rows = chosen.chosen.exact_rows
         picked = {"structure": "product", "codes": chosen.chosen.codes, "dims": chosen.chosen.dims}
+        picked |= {"exact_rows": rows} if rows else {}
         return common | picked | {"max_kl": o.max_kl, "kept": chosen.kept, "tried": tried}
 
     def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
-        if choice["structure"] == "tiers":
-            biased = self.options.bias or choice["has_bias"]
-            return ("codebook", "code_of", *(["token_bias"] if biased else []))
-        return ("codebook", "codes", *(["bias"] if choice["has_bias"] else []))
+        return structures.roles(self.options, choice)
 
     def initialise(
         self,
@@ -101,11 +102,11 @@ class HeadRule(Rule):
     ) -> dict[str, Tensor]:
         weight, bias = _dense(site.match, read)
         head = self._fit(weight.detach(), bias, site, choice, statistics, generator)
-        codes = {"code_of": head.code_of} if isinstance(head, TiersHead) else {"codes": head.codes}
-        offsets = {"token_bias": head.token_bias} if isinstance(head, TiersHead) else {"bias": head.bias}
         trained = weight.requires_grad
-        made = {"codebook": nn.Parameter(head.codebook, requires_grad=trained), **codes}
-        return made | {k: nn.Parameter(v.detach(), requires_grad=trained) for k, v in offsets.items() if v is not None}
+        return {
+            role: tensor if role in head.buffers else nn.Parameter(tensor.detach(), requires_grad=trained)
+            for role, tensor in head.tensors().items()
+        }
 
     def _fit(
         self,
@@ -115,7 +116,7 @@ class HeadRule(Rule):
         choice: Mapping[str, Any],
         statistics: Statistics | None,
         generator: torch.Generator,
-    ) -> TiersHead | ProductHead:
+    ) -> CodebookHead:
         known: dict[str, Any] = {"head_bias": None if bias is None else bias.detach(), "generator": generator}
         if statistics is not None:
             sample = statistics.get("sample", site.paths)
@@ -124,28 +125,20 @@ class HeadRule(Rule):
                 "second_moment": statistics.get("second_moment", site.paths),
                 "counts": _counts(statistics, site, weight.shape[0]),
             }
-        if choice["structure"] == "tiers":
-            return fit_tiers(
-                weight, codes=choice["codes"], singletons=cast(Any, self.options.singletons), bias=self.options.bias,
-                metric=self.options.metric, **known,
-            )  # fmt: skip
-        return fit_product(weight, dims=choice["dims"], codes=choice["codes"], metric=self.options.metric, **known)
+        return structures.fit(self.options, choice, weight, known)
 
     # ------------------------------------------------------------------------------------------------- rewrite
 
     def rewrite(
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
     ) -> Mapping[Node, Node]:
-        p = parameters
-        if choice["structure"] == "tiers":
-            return {
-                match.root: edit.call(
-                    operators.vq_logits_tiers, match["x"], p["codebook"], p["code_of"], p.get("token_bias")
-                )
-            }
-        return {
-            match.root: edit.call(operators.vq_logits_product, match["x"], p["codebook"], p["codes"], p.get("bias"))
-        }
+        kind = structures.head_type(choice)
+        inputs = {f.name: parameters.get(f.name) for f in dataclasses.fields(kind) if f.name != "singletons"}
+        x = match["x"]
+        projection = inputs.pop("projection", None)
+        if projection is not None:
+            x = edit.call(torch.ops.aten.linear.default, x, projection)
+        return {match.root: edit.call(_OPERATORS[kind.__name__], x, *inputs.values())}
 
     def measure(
         self,
@@ -161,26 +154,19 @@ class HeadRule(Rule):
         figures: dict[str, float] = {}
         if sample is not None:
             figures["head_kl"] = choosing.head_kl(weight, bias, _head(after, choice), choosing.split_sample(sample)[1])
-        if choice["structure"] == "tiers":
+        if structures.head_type(choice) is TiersHead:
             uniform = torch.ones(weight.shape[0])
             figures["floor_nats"] = floor(
-                uniform if counts is None else counts, after["code_of"], bias=self.options.bias
+                uniform if counts is None else counts, after["code_of"], bias="token_bias" in after
             )
         return figures
 
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
-        head = _head(tensors, choice)
-        return (
-            modules.VQLogitsTiers(head)
-            if isinstance(head, TiersHead)
-            else modules.VQLogitsProduct(head, choice["in_features"])
-        )
+        return modules.of(_head(tensors, choice), choice["in_features"])
 
 
-def _head(tensors: Mapping[str, Tensor], choice: Mapping[str, Any]) -> TiersHead | ProductHead:
-    if choice["structure"] == "tiers":
-        return TiersHead(tensors["codebook"], tensors["code_of"], tensors.get("token_bias"), 0)
-    return ProductHead(tensors["codebook"], tensors["codes"], tensors.get("bias"))
+def _head(tensors: Mapping[str, Tensor], choice: Mapping[str, Any]) -> CodebookHead:
+    return structures.head_type(choice).of(tensors)
 
 
 def _with_tokens(program: Program, match: Match) -> Match:
@@ -203,8 +189,3 @@ def _dense(match: Match, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor 
 def _counts(statistics: Statistics | None, site: Site, tokens: int) -> Tensor | None:
     counts = statistics.get("counts", site.paths) if statistics is not None else None
     return None if counts is None else torch.nn.functional.pad(counts, (0, tokens - len(counts)))
-
-
-def _check_codes(codes: int, tokens: int) -> None:
-    if codes > tokens:
-        raise PlanError(f"vq_logits: codes={codes} is more than the {tokens} tokens of the head; ask for fewer")

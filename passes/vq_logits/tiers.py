@@ -14,7 +14,6 @@ floor: H(token | cluster) nats per token, a lower bound on the loss itself, what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,25 +22,13 @@ from torch import Tensor
 from rewriter.errors import PlanError
 from rewriter.kernels.vq_logits.codec import pack_codes, unpack_codes
 from rewriter.kernels.vq_logits.reference import code_log_mass
+from rewriter.passes.vq_logits.heads import TiersHead as TiersHead
 from rewriter.passes.vq_logits.kmeans import assign, kmeans
 from rewriter.passes.vq_logits.metric import HeadMetric, head_metric, round_to_half
 
 # Code probabilities are formed for this many (position, code) pairs at a time.
 CHUNK = 1 << 23
 MASS_STEPS = 10
-
-
-@dataclass(frozen=True)
-class TiersHead:
-    """Codebook ``[K, d]``, code_of uint8 ``[V, nbytes]``, token_bias ``[V]`` or None.
-
-    Codes below ``singletons`` hold one token each.
-    """
-
-    codebook: Tensor
-    code_of: Tensor
-    token_bias: Tensor | None
-    singletons: int
 
 
 @torch.no_grad()

@@ -37,10 +37,10 @@ _HARMLESS = frozenset(
 # Times or over a number; plus a parameter or buffer.
 _SCALES = frozenset("mul div".split())
 _SHIFTS = frozenset("add sub".split())
-# Losses consume the logits; what is done with the loss is no longer about logits.
+# Losses and choices of the best consume the logits; what is done with the result is no longer about logits.
 _LOSSES = frozenset(
     "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d nll_loss_forward log_softmax _log_softmax softmax _softmax"
-    " logsumexp binary_cross_entropy_with_logits mse_loss kl_div".split()
+    " logsumexp binary_cross_entropy_with_logits mse_loss kl_div argmax topk max".split()
 )
 
 

@@ -181,3 +181,105 @@ def test_product_is_the_dense_head_on_the_decoded_weight(dims: int, width: int, 
         golden[:, i] = (padded * chosen).sum((1, 2)) + (0.0 if b is None else b[i])
     close(op.vq_logits_product(h, codebook, codes, b), golden)
     close(F.linear(h, codec.decode_product(codebook, codes, width), b), golden)
+
+
+# -- exact rows and residual stages ------------------------------------------------------------------------------
+
+
+@st.composite
+def products(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states ``[3, d]``, product codebook with a ragged last group, codes, and a dense head; float64."""
+    dims, width, v = draw(st.integers(1, 6)), draw(st.integers(1, 17)), draw(st.integers(1, 30))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    groups, per_group = -(-width // dims), 7
+    codebook = torch.randn(groups, per_group, dims, generator=g, dtype=torch.float64)
+    codes = torch.randint(0, per_group, (v, groups), generator=g).to(torch.uint8)
+    h = torch.randn(3, width, generator=g, dtype=torch.float64)
+    return h, codebook, codes, torch.randn(v, width, generator=g, dtype=torch.float64)
+
+
+@given(products(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), st.data())
+@laws
+def test_exact_rows_are_the_dense_heads_bit_for_bit(
+    case: tuple[Tensor, ...], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    h, codebook, codes, dense = (t.to(dtype) if t.is_floating_point() else t for t in case)
+    v = codes.shape[0]
+    kept = torch.tensor(data.draw(st.lists(st.integers(0, v - 1), min_size=1, max_size=v, unique=True)))
+    out = op.vq_logits_product_exact(h, codebook, codes, None, dense[kept], codec.pack_codes(kept, v))
+    assert torch.equal(out[:, kept], F.linear(h, dense)[:, kept])
+    others = [i for i in range(v) if i not in kept.tolist()]
+    assert torch.equal(out[:, others], op.vq_logits_product(h, codebook, codes, None)[:, others])
+
+
+@given(products(), st.randoms(use_true_random=False))
+@laws
+def test_the_numbering_of_codes_in_a_group_does_not_matter(case: tuple[Tensor, ...], random: object) -> None:
+    h, codebook, codes, _ = case
+    moved, renumbered = torch.empty_like(codebook), torch.empty_like(codes)
+    for group in range(codebook.shape[0]):
+        order = list(range(codebook.shape[1]))
+        random.shuffle(order)  # type: ignore[attr-defined]
+        moved[group, order] = codebook[group]
+        renumbered[:, group] = torch.tensor(order, dtype=torch.uint8)[codes[:, group].long()]
+    want = op.vq_logits_product(h, codebook, codes, None)
+    assert torch.equal(op.vq_logits_product(h, moved, renumbered, None), want)
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, codebooks ``[S, K, d]``, code numbers ``[V, S]``, biases; float64."""
+    s, v, d = draw(st.integers(1, 3)), draw(st.integers(1, 30)), draw(st.integers(1, 9))
+    k = draw(st.integers(1, v))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    h = torch.randn(3, d, generator=g, dtype=torch.float64)
+    codebook = torch.randn(s, k, d, generator=g, dtype=torch.float64)
+    return h, codebook, torch.randint(0, k, (v, s), generator=g), torch.randn(v, generator=g, dtype=torch.float64)
+
+
+@given(stages(), st.booleans())
+@laws
+def test_residual_logits_are_sums_over_stages(case: tuple[Tensor, ...], bias: bool) -> None:
+    h, codebook, index, b = case
+    golden = torch.zeros(h.shape[0], index.shape[0], dtype=torch.float64)
+    for i in range(index.shape[0]):
+        row = sum(codebook[s, int(index[i, s])] for s in range(codebook.shape[0]))
+        golden[:, i] = h @ row + (b[i] if bias else 0.0)
+    packed = codec.pack_codes(index, codebook.shape[1])
+    close(op.vq_logits_residual(h, codebook, packed, b if bias else None), golden)
+    close(F.linear(h, codec.decode_residual(codebook, packed), b if bias else None), golden)
+
+
+@given(tiers(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+@laws
+def test_one_stage_is_a_pure_codebook_bit_for_bit(case: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    h, codebook, index, _ = (t.to(dtype) if t.is_floating_point() else t for t in case)
+    packed = codec.pack_codes(index, codebook.shape[0])
+    pure = op.vq_logits_tiers(h, codebook, packed, None)
+    assert torch.equal(op.vq_logits_residual(h, codebook[None], packed[:, None], None), pure)
+
+
+@given(stages(), st.integers(0, 2))
+@laws
+def test_a_row_added_to_a_whole_stage_leaves_probabilities_unchanged(case: tuple[Tensor, ...], stage: int) -> None:
+    h, codebook, index, b = case
+    packed = codec.pack_codes(index, codebook.shape[1])
+    shifted = codebook.clone()
+    shifted[min(stage, codebook.shape[0] - 1)] += codebook[0, :1]
+    want = op.vq_logits_residual(h, codebook, packed, b).log_softmax(-1)
+    close(op.vq_logits_residual(h, shifted, packed, b).log_softmax(-1), want)
+
+
+@given(stages())
+@laws
+def test_bf16_residual_logits_lose_no_more_than_the_stages_own_products(case: tuple[Tensor, ...]) -> None:
+    # Each stage's product is rounded once, their sum in float32 is not, and the result once more.
+    h, codebook, index, _ = (t.bfloat16() if t.is_floating_point() else t for t in case)
+    packed = codec.pack_codes(index, codebook.shape[1])
+    wide = torch.stack([F.linear(h.double(), book.double()) for book in codebook])  # [S, n, K]
+    terms = torch.stack([wide[s].index_select(-1, index[:, s]) for s in range(codebook.shape[0])])
+    bound = torch.finfo(torch.bfloat16).eps / 2 * (1.01 * terms.abs().sum(0) + 1.01 * terms.sum(0).abs())
+    accumulation = h.shape[-1] * torch.finfo(torch.float32).eps * terms.abs().amax()
+    products = (h.double().abs() @ codebook.double().abs().amax((0, 1)).unsqueeze(-1)) * torch.finfo(torch.float32).eps
+    error = (op.vq_logits_residual(h, codebook, packed, None).double() - terms.sum(0)).abs()
+    assert (error <= bound + accumulation + h.shape[-1] * len(codebook) * products).all()

@@ -19,7 +19,10 @@ OPS = {
     "logsumexp": op.vq_tiers_logsumexp,
     "nll": op.vq_tiers_nll,
     "product": op.vq_logits_product,
+    "exact": op.vq_logits_product_exact,
+    "residual": op.vq_logits_residual,
 }
+LOSSES = ("nll", "logsumexp")  # everything else gives logits
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +34,18 @@ def fresh_compiler() -> None:
 def arguments(
     name: str, *, bias: bool = True, dtype: torch.dtype = torch.float32, lead: tuple[int, ...] = (2, 3)
 ) -> list[Any]:
-    """Small inputs; code 4 of the tiers is used by no token, the product's last group is ragged."""
+    """Small inputs; code 4 of the tiers is used by no token, the product's last group is ragged, its row 0 is exact."""
     g = torch.Generator().manual_seed(7)
     h = torch.randn(*lead, D, generator=g, dtype=torch.float64).to(dtype)
     per_token = torch.randn(V, generator=g, dtype=torch.float64).to(dtype) if bias else None
-    if name == "product":
+    if name in ("product", "exact"):
         codebook = torch.randn(2, 3, 4, generator=g, dtype=torch.float64).to(dtype)
-        return [h, codebook, torch.randint(0, 3, (V, 2), generator=g).to(torch.uint8), per_token]
+        product = [h, codebook, torch.randint(0, 3, (V, 2), generator=g).to(torch.uint8), per_token]
+        exact = torch.randn(3, D, generator=g, dtype=torch.float64).to(dtype)
+        return product + ([exact, codec.pack_codes(torch.tensor([9, 0, 12]), V)] if name == "exact" else [])
+    if name == "residual":
+        codebook = torch.randn(2, K, D, generator=g, dtype=torch.float64).to(dtype)
+        return [h, codebook, codec.pack_codes(torch.randint(0, K - 1, (V, 2), generator=g), K), per_token]
     codebook = torch.randn(K, D, generator=g, dtype=torch.float64).to(dtype)
     code_of = codec.pack_codes(torch.randint(0, K - 1, (V,), generator=g), K)
     if name != "nll":
@@ -82,7 +90,7 @@ def test_gradients_equal_those_of_the_reference(name: str) -> None:
 def test_any_leading_dimensions(name: str, lead: tuple[int, ...]) -> None:
     args = arguments(name, lead=lead)
     out = OPS[name](*args)
-    assert out.shape == (lead if name in ("nll", "logsumexp") else (*lead, V))
+    assert out.shape == (lead if name in LOSSES else (*lead, V))
     assert out.isfinite().all()
 
 
@@ -100,7 +108,7 @@ def test_hidden_states_need_not_be_contiguous(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_vmap_over_hidden_states(name: str) -> None:
     args = arguments(name, lead=(4, 3))
-    dims = (0, None, None, None) + ((0,) if name == "nll" else ())
+    dims = (0, *[None] * (len(args) - 1)) if name != "nll" else (0, None, None, None, 0)
     torch.testing.assert_close(torch.vmap(OPS[name], in_dims=dims)(*args), OPS[name](*args))
 
 
@@ -127,7 +135,7 @@ def test_vmap_over_heads(name: str) -> None:
 def test_dtype_of_the_output_follows_the_hidden_states(name: str, hidden: torch.dtype, weights: torch.dtype) -> None:
     args = arguments(name, dtype=weights)
     args[0] = args[0].to(hidden)
-    want = hidden if name in ("tiers", "product") else torch.promote_types(hidden, torch.float32)
+    want = torch.promote_types(hidden, torch.float32) if name in LOSSES else hidden
     real = OPS[name](*args)
     compiled = torch.compile(OPS[name], backend="aot_eager", fullgraph=True)(*args)
     with torch._subclasses.FakeTensorMode() as mode:
@@ -140,7 +148,7 @@ def test_dtype_of_the_output_follows_the_hidden_states(name: str, hidden: torch.
 @pytest.mark.parametrize("name", OPS)
 def test_autocast_in_eager_fake_and_compiled_execution(name: str, autocast: torch.dtype) -> None:
     args = arguments(name)
-    want = autocast if name in ("tiers", "product") else torch.float32
+    want = torch.float32 if name in LOSSES else autocast
     by_hand = OPS[name](args[0].to(autocast), *args[1:])
     compiled = torch.compile(OPS[name], backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype=autocast):
@@ -157,7 +165,7 @@ def test_training_under_autocast_gives_gradients_in_the_parameters_dtype(name: s
     args = trainable(arguments(name))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         OPS[name](*args).float().square().mean().backward()
-    for tensor in (args[0], args[1], args[3]):
+    for tensor in (a for a in args if a.requires_grad):
         assert tensor.grad is not None and tensor.grad.dtype == torch.float32 and tensor.grad.isfinite().all()
 
 
@@ -166,8 +174,9 @@ def test_compiled_with_dynamic_shapes_forward_and_backward(name: str) -> None:
     compiled = torch.compile(OPS[name], backend="aot_eager", fullgraph=True, dynamic=True)
     for lead in ((2, 3), (4, 7)):
         args = trainable(arguments(name, lead=lead))
-        want = torch.autograd.grad(OPS[name](*args).sum(), [args[0], args[1], args[3]])
-        got = torch.autograd.grad(compiled(*args).sum(), [args[0], args[1], args[3]])
+        floating = [a for a in args if a.requires_grad]
+        want = torch.autograd.grad(OPS[name](*args).sum(), floating)
+        got = torch.autograd.grad(compiled(*args).sum(), floating)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -180,7 +189,7 @@ def test_decomposition_leaves_aten_only(name: str) -> None:
 
     args = tuple(arguments(name))
     batch = torch.export.Dim("batch")
-    dynamic = [{0: batch} if i in (0, 4) else None for i in range(len(args))]
+    dynamic = [{0: batch} if i == 0 or (name == "nll" and i == 4) else None for i in range(len(args))]
     exported = torch.export.export(Head(), args, dynamic_shapes=(tuple(dynamic),), strict=False)
     exported = exported.run_decompositions(decompositions())
     calls = [n.target for n in exported.graph.nodes if n.op == "call_function"]
@@ -202,6 +211,14 @@ BROKEN: dict[str, tuple[str, int, Any, str]] = {
     "spare_group": ("product", 1, torch.zeros(3, 3, 4), "do not cover"),
     "too_many_codes": ("product", 1, torch.zeros(2, 257, 4), "256"),
     "missing_group": ("product", 2, torch.zeros(V, 1, dtype=torch.uint8), "codes must be"),
+    "narrow_rows": ("exact", 4, torch.zeros(3, D - 1), "exact must be"),
+    "rows_and_ids": ("exact", 5, torch.zeros(2, 1, dtype=torch.uint8), "exact_of must be"),
+    "wide_ids": ("exact", 5, torch.zeros(3, 1, dtype=torch.int64), "uint8"),
+    "exact_codes": ("exact", 2, torch.zeros(V, 1, dtype=torch.uint8), "codes must be"),
+    "flat_stages": ("residual", 1, torch.zeros(K, D), r"\[S, K, d\]"),
+    "narrow_stages": ("residual", 1, torch.zeros(2, K, D - 1), "width"),
+    "missing_stage": ("residual", 2, torch.zeros(V, 1, 1, dtype=torch.uint8), "codes must be"),
+    "wide_stage_codes": ("residual", 2, torch.zeros(V, 2, 1, dtype=torch.int64), "uint8"),
 }
 
 
@@ -239,6 +256,15 @@ def test_cost_counts_packed_bytes() -> None:
     assert cost.flops == 2 * 3 * V * D + 3 * V
     dense = 2 * 3 * V * D
     assert REGISTRY[op.vq_logits_tiers].cost(*arguments("tiers", bias=False, lead=(3,))).flops == dense * K // V
+
+
+def test_cost_of_exact_rows_and_of_stages_counts_what_is_stored() -> None:
+    exact = REGISTRY[op.vq_logits_product_exact].cost(*arguments("exact", lead=(3,)))
+    product = REGISTRY[op.vq_logits_product].cost(*arguments("product", lead=(3,)))
+    assert exact.bytes_read == product.bytes_read + 3 * D * 4 + 3 and exact.flops == product.flops
+    residual = REGISTRY[op.vq_logits_residual].cost(*arguments("residual", lead=(3,)))
+    assert residual.bytes_read == 3 * D * 4 + 2 * K * D * 4 + V * 2 + V * 4
+    assert residual.flops == 2 * 3 * 2 * K * D + 2 * 3 * V  # one addition of stages, one of the bias
 
 
 def test_cost_of_the_loss_does_not_grow_with_positions_times_vocabulary() -> None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rewriter.errors import PlanError
 from rewriter.kernels.vq_logits.codec import decode_product, decode_tiers, unpack_codes
 from rewriter.passes.vq_logits import product
-from rewriter.passes.vq_logits.choosing import choose, dense_bytes, head_bytes, head_kl, split_sample
+from rewriter.passes.vq_logits.choosing import choose, dense_bytes, head_kl, split_sample
 from rewriter.passes.vq_logits.kmeans import argmax, assign, kmeans
 from rewriter.passes.vq_logits.metric import RIDGE, HeadMetric, head_metric
 from rewriter.passes.vq_logits.modules import VQLogitsProduct, VQLogitsTiers
@@ -377,7 +377,7 @@ def test_fewer_dimensions_per_group_lower_the_error() -> None:
 def test_every_visit_lowers_the_cost() -> None:
     weight, hidden, _ = language_head()
     for form in (head_metric("kl", weight, hidden=hidden), head_metric("plain", weight)):
-        fit = product._Fit(weight, 6, form)
+        fit = product.ProductFit(weight, 6, form)
         fit.start(32, seeded())
         costs = [fit.cost()]
         for _ in range(4):
@@ -393,7 +393,7 @@ def test_rounding_in_sequence_beats_rounding_each_group_alone() -> None:
     weight = torch.randn(400, 48, generator=seeded())
     mix = torch.linalg.qr(torch.randn(48, 48, generator=seeded(1))).Q
     shared = mix @ torch.diag(torch.logspace(0, -3, 48)) @ mix.t()
-    fit = product._Fit(weight, 3, HeadMetric(torch.ones(400), shared))
+    fit = product.ProductFit(weight, 3, HeadMetric(torch.ones(400), shared))
     fit.start(64, seeded(2))
     alone = fit.cost()
     fit.round_in_sequence()
@@ -528,7 +528,7 @@ def test_the_smallest_head_under_the_limit_is_chosen(max_kl: float) -> None:
     assert choice.kept == bool(under)
     expected = under[0] if under else min(choice.tried, key=lambda c: c.kl or math.inf)
     assert choice.chosen == expected
-    assert choice.chosen.bytes == head_bytes(choice.head) < dense_bytes(weight, None)
+    assert choice.chosen.bytes == choice.head.bytes < dense_bytes(weight, None)
     assert choice.chosen.kl == pytest.approx(head_kl(weight, None, choice.head, split_sample(hidden)[1]))
     assert len(choice.tried) <= 3, "five sizes need at most three fits"
     if max_kl == 1.0:

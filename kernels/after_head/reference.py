@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows a head in plain aten: softmax, losses and the largest logits, without logits over the vocabulary.
+
+Notation as in ``kernels/vq_logits/reference.py``: l_j = h·C_j, B_j = log Σ_{M(i)=j} exp b_i, logit_i = l_{M(i)} + b_i,
+log Z = log Σ_j exp(l_j + B_j). A loss against weights t_i on the tokens needs their sums per code, T_j = Σ_{M(i)=j} t_i:
+
+    Σ_i t_i (log Z − logit_i) = log Z · Σ_i t_i − Σ_j T_j l_j − Σ_i t_i b_i
+
+Heads whose tokens have rows of their own (dense, or decoded from product codes) have no such sums; there V is walked in
+chunks, and no more than ``CHUNK`` columns of logits are alive.
+
+Equal logits are ordered by token number, smallest first; ``topk`` of torch leaves that open.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rewriter.kernels.vq_logits.codec import unpack_codes
+from rewriter.kernels.vq_logits.reference import code_log_mass, loss_dtype, tiers_logits
+
+# Tokens whose logits are formed at a time where a head is walked row by row.
+CHUNK = 2048
+_LAST = torch.iinfo(torch.int64).max
+
+
+# -- tiers -------------------------------------------------------------------------------------------------------
+
+
+def code_logits(h: Tensor, codebook: Tensor) -> Tensor:
+    """l = h Cᵀ in h's dtype, then at least float32. h ``[..., d]`` -> ``[..., K]``."""
+    return F.linear(h, codebook.to(h.dtype)).to(loss_dtype(h))
+
+
+def code_sums(values: Tensor, code: Tensor, codes: int) -> Tensor:
+    """Σ over the tokens of each code. values ``[..., V]``, code int64 ``[V]`` -> ``[..., K]``."""
+    rows = values.reshape(-1, values.shape[-1])
+    # Along rows, because adding columns is slow.
+    sums = rows.new_zeros((codes, rows.shape[0])).index_add(0, code, rows.t())
+    return sums.t().reshape(*values.shape[:-1], codes)
+
+
+def within_code(code: Tensor, token_bias: Tensor | None, mass: Tensor) -> Tensor:
+    """P(i | M(i)) = exp(b_i − B_{M(i)}), ``[V]``."""
+    own = mass.index_select(0, code)
+    return (-own if token_bias is None else token_bias.to(mass.dtype) - own).exp()
+
+
+def tiers_log_softmax(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
+    """log p(i) = (l_{M(i)} − log Z) + b_i. h ``[..., d]`` -> ``[..., V]``, at least float32."""
+    logits = code_logits(h, codebook)
+    mass = code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype)
+    log_z = torch.logsumexp(logits + mass, dim=-1, keepdim=True)
+    by_token = (logits - log_z).index_select(-1, unpack_codes(code_of))
+    return by_token if token_bias is None else by_token + token_bias.to(logits.dtype)
+
+
+def tiers_softmax(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
+    """p(i) = softmax_j(l + B)_{M(i)} · exp(b_i − B_{M(i)}). h ``[..., d]`` -> ``[..., V]``, at least float32."""
+    logits = code_logits(h, codebook)
+    code = unpack_codes(code_of)
+    mass = code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype)
+    posterior = torch.softmax(logits + mass, dim=-1)
+    return posterior.index_select(-1, code) * within_code(code, token_bias, mass)
+
+
+def tiers_cross_entropy(
+    h: Tensor,
+    codebook: Tensor,
+    code_of: Tensor,
+    token_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    """(1 − ε) w_y (log Z − logit_y) + ε/V Σ_i w_i (log Z − logit_i), ε the smoothing; 0 where y is ignored.
+
+    h ``[..., d]``, target int64 ``[...]``, weight ``[V]`` -> ``[...]``, at least float32: ``F.cross_entropy`` unreduced.
+    """
+    logits = code_logits(h, codebook)
+    code = unpack_codes(code_of)
+    log_z = torch.logsumexp(logits + code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype), dim=-1)
+    counted = target != ignore_index
+    token = torch.where(counted, target, 0)
+    logit = logits.gather(-1, F.embedding(token, code.unsqueeze(-1))).squeeze(-1)
+    if token_bias is not None:
+        logit = logit + _of_token(token_bias.to(logits.dtype), token)
+    loss = log_z - logit
+    if weight is not None:
+        loss = loss * _of_token(weight.to(logits.dtype), token)
+    if label_smoothing:
+        share = _token_weights(weight, code, logits.dtype)
+        everywhere = log_z * share.sum() - logits @ code_sums(share, code, codebook.shape[0])
+        if token_bias is not None:
+            everywhere = everywhere - (share * token_bias.to(logits.dtype)).sum()
+        loss = (1 - label_smoothing) * loss + (label_smoothing / code.shape[0]) * everywhere
+    return torch.where(counted, loss, 0.0)
+
+
+def tiers_soft_cross_entropy(
+    h: Tensor,
+    codebook: Tensor,
+    code_of: Tensor,
+    token_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    """Σ_i t_i (log Z − logit_i) with t_i = w_i ((1 − ε) target_i + ε/V).
+
+    h ``[..., d]``, target probabilities ``[..., V]``, weight ``[V]`` -> ``[...]``, at least float32.
+    """
+    logits = code_logits(h, codebook)
+    code = unpack_codes(code_of)
+    log_z = torch.logsumexp(logits + code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype), dim=-1)
+    t = soft_weights(target.to(logits.dtype), weight, label_smoothing)
+    loss = log_z * t.sum(-1) - (code_sums(t, code, codebook.shape[0]) * logits).sum(-1)
+    return loss if token_bias is None else loss - t @ token_bias.to(logits.dtype)
+
+
+def soft_weights(target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """t_i = w_i ((1 − ε) target_i + ε/V), ``[..., V]``."""
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing / target.shape[-1]
+    return target if weight is None else target * weight.to(target.dtype)
+
+
+def tiers_topk(
+    h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest logits and their tokens, largest first, of equals the smaller token first.
+
+    Of each code only the k largest biases can be among them, and only of the k codes whose best token is best: k²
+    candidates (all V tokens where that is not more). h ``[..., d]`` -> values ``[..., k]`` in h's dtype, tokens int64.
+    """
+    tokens, codes = code_of.shape[0], codebook.shape[0]
+    if k * min(k, codes) >= tokens:
+        logits = tiers_logits(h, codebook, code_of, token_bias)
+        place = largest(logits, torch.arange(tokens, device=h.device), k)
+        return logits.gather(-1, place), place
+    code = unpack_codes(code_of)
+    bias = torch.zeros_like(code, dtype=h.dtype) if token_bias is None else token_bias.to(h.dtype)
+    order, first, count = by_code(code, bias, codes)
+    best = torch.where(count > 0, order[first.clamp(max=tokens - 1)], tokens)
+    top = torch.where(count > 0, bias[best.clamp(max=tokens - 1)], -torch.inf)
+    logits = F.linear(h, codebook.to(h.dtype))
+    picked = largest(logits + top, best, min(k, codes))
+    rank = torch.arange(k, device=h.device)
+    exists = rank < count[picked].unsqueeze(-1)
+    token = torch.where(exists, order[(first[picked].unsqueeze(-1) + rank).clamp(max=tokens - 1)], _LAST)
+    logit = logits.gather(-1, picked).unsqueeze(-1) + bias[torch.where(exists, token, 0)]
+    token, logit = token.flatten(-2), torch.where(exists, logit, -torch.inf).flatten(-2)
+    place = largest(logit, token, k)
+    return logit.gather(-1, place), token.gather(-1, place)
+
+
+def by_code(code: Tensor, bias: Tensor, codes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens ordered by code, then largest bias, then number ``[V]``; first position ``[K]`` and number ``[K]`` of each
+    code's."""
+    order = torch.sort(bias, descending=True, stable=True).indices
+    order = order[torch.sort(code[order], stable=True).indices]
+    count = torch.zeros(codes, dtype=torch.int64, device=code.device).index_add(0, code, torch.ones_like(code))
+    return order, count.cumsum(0) - count, count
+
+
+def largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
+    """Positions ``[..., k]`` of the k largest values, largest first, of equals the smaller id first.
+
+    values ``[..., n]``, ids ``[n]`` or ``[..., n]``.
+    """
+    ids = ids.expand(values.shape)
+    threshold = values.topk(k).values[..., -1:]
+    # All above the threshold are in; of those that equal it, the smallest ids.
+    turn = torch.where(values > threshold, -1, torch.where(values == threshold, ids, _LAST))
+    place = turn.topk(k, largest=False).indices
+    place = place.gather(-1, ids.gather(-1, place).sort(-1).indices)
+    return place.gather(-1, values.gather(-1, place).sort(dim=-1, descending=True, stable=True).indices)
+
+
+# -- heads with a row per token ----------------------------------------------------------------------------------
+
+
+def linear_logsumexp(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """log Σ_i exp(h·w_i + b_i), chunk by chunk. h ``[..., d]``, weight ``[V, d]`` -> ``[...]``, at least float32."""
+    parts = [torch.logsumexp(row_logits(h, weight, bias, start), dim=-1) for start in range(0, weight.shape[0], CHUNK)]
+    return torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def linear_topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of h·w_i + b_i and their tokens, chunk by chunk; order, shapes and dtypes as `tiers_topk`."""
+    values = h.new_empty((*h.shape[:-1], 0))
+    tokens = torch.empty((*h.shape[:-1], 0), dtype=torch.int64, device=h.device)
+    for start in range(0, weight.shape[0], CHUNK):
+        logits = row_logits(h, weight, bias, start).to(h.dtype)
+        here = torch.arange(start, start + logits.shape[-1], device=h.device).expand(logits.shape)
+        values, tokens = torch.cat([values, logits], -1), torch.cat([tokens, here], -1)
+        place = largest(values, tokens, min(k, values.shape[-1]))
+        values, tokens = values.gather(-1, place), tokens.gather(-1, place)
+    return values, tokens
+
+
+def row_logits(h: Tensor, weight: Tensor, bias: Tensor | None, start: int) -> Tensor:
+    """Logits of the tokens from ``start`` on, at most CHUNK of them: in h's dtype, then at least float32."""
+    rows = weight[start : start + CHUNK].to(h.dtype)
+    offsets = None if bias is None else bias[start : start + CHUNK].to(h.dtype)
+    return F.linear(h, rows, offsets).to(loss_dtype(h))
+
+
+# -- parts -------------------------------------------------------------------------------------------------------
+
+
+def _of_token(values: Tensor, token: Tensor) -> Tensor:
+    """values[token] for values ``[V]``; a token outside is an error, also where indexing would wrap around."""
+    return F.embedding(token, values.unsqueeze(-1)).squeeze(-1)
+
+
+def _token_weights(weight: Tensor | None, code: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ones(code.shape, dtype=dtype, device=code.device) if weight is None else weight.to(dtype)

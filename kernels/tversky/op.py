@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator `rewriter::tversky`; importing this module registers it with torch.
+
+One operator holds every similarity of the family, the exact signed pair S(x, Π) − S(x, −Π) included: both branches must
+meet in the accumulator, before anything is rounded to the activations' dtype, so they cannot be two calls. What it
+computes is written in `rewriter.kernels.tversky.reference`. Gradients flow to every tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from rewriter.kernels.spec import Cost, KernelSpec
+from rewriter.kernels.tversky import gradient, reference
+from rewriter.kernels.tversky.reference import Model
+
+_TENSORS = 8  # x, features, prototypes, theta, alpha, beta, negative, bias; the options follow
+
+
+def _fake(
+    x: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    theta: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    negative: Tensor | None,
+    bias: Tensor | None,
+    intersection: str,
+    convention: str,
+    difference: str,
+    form: str,
+    mirrored: bool,
+    projected: bool,
+) -> Tensor:
+    reference.check(x, features, prototypes, theta, alpha, beta, negative, bias, projected)
+    reference.check_names(intersection, convention, difference, form)
+    return x.new_empty((*x.shape[:-1], prototypes.shape[0]))
+
+
+# ---------------------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, features, prototypes, theta, alpha, beta, negative, bias = ctx.saved_tensors
+    *names, mirrored, projected = ctx.options
+    dtype = reference.compute_dtype(x)
+    wide = grad.to(dtype)
+    z, b = reference.scores(x, features, prototypes, mirrored, projected, dtype)
+    weights = (None if t is None else t.to(dtype) for t in (theta, alpha, beta))
+    found, to_negative = gradient.with_negative(
+        Model(*weights, *names), z, b, None if negative is None else negative.to(dtype), wide
+    )
+    to_z, to_b = (_unmirror(found.z), _unmirror(found.b)) if mirrored else (found.z, found.b)
+    bank, flat = features.to(dtype), to_z.reshape(-1, to_z.shape[-1])
+    to_bank = flat.t() @ x.to(dtype).reshape(-1, x.shape[-1])
+    if projected:
+        to_prototypes = to_b
+    else:
+        to_bank = to_bank + to_b.t() @ prototypes.to(dtype)
+        to_prototypes = to_b @ bank
+    return (
+        (to_z @ bank).to(x.dtype),
+        to_bank.to(features.dtype),
+        to_prototypes.to(prototypes.dtype),
+        _coefficient(found.theta, theta),
+        _coefficient(found.alpha, alpha),
+        _coefficient(found.beta, beta),
+        None if negative is None or to_negative is None else to_negative.to(negative.dtype),
+        None if bias is None else wide.reshape(-1, wide.shape[-1]).sum(0).to(bias.dtype),
+        *(None for _ in ctx.options),
+    )
+
+
+def _unmirror(grad: Tensor) -> Tensor:
+    """From the scores on [Ω; −Ω] to those on Ω."""
+    first, second = grad.chunk(2, -1)
+    return first - second
+
+
+def _coefficient(per_value: Tensor | None, coefficient: Tensor | None) -> Tensor | None:
+    """Sum of a gradient ``[..., P]`` for a coefficient ``[]`` or ``[P]``."""
+    if coefficient is None:
+        return None
+    if per_value is None:  # θ in a ratio: not used
+        return torch.zeros_like(coefficient)
+    rows = per_value.reshape(-1, per_value.shape[-1])
+    return (rows.sum(0) if coefficient.dim() else rows.sum()).to(coefficient.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- vmap
+
+
+def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+    """A batched input is one more leading dimension; with other tensors batched, one call per example."""
+    if in_dims[0] is not None and all(d is None for d in in_dims[1:]):
+        return tversky(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+    if info.batch_size == 0:
+        raise NotImplementedError("tversky: vmap over features, prototypes or coefficients needs at least one example")
+    examples = (
+        [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)] for i in range(info.batch_size)
+    )
+    return torch.stack([tversky(*example) for example in examples]), 0
+
+
+# -------------------------------------------------------------------------------------------------------- cost
+
+
+def _cost(
+    x: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    theta: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    negative: Tensor | None,
+    bias: Tensor | None,
+    intersection: str,
+    convention: str,
+    difference: str,
+    form: str,
+    mirrored: bool,
+    projected: bool,
+) -> Cost:
+    """Scores of the input, scores of the prototypes unless stored, and the sums over the features.
+
+    A matrix product of K features is 2K operations per row and prototype, a term of a sum about 4K.
+    """
+    width, stored, count = x.shape[-1], features.shape[0], prototypes.shape[0]
+    rows = x.numel() // width if width else 0
+    bank = stored * (2 if mirrored else 1)
+    model = Model(theta, alpha, beta, intersection, convention, difference, form)
+    if model.bilinear:
+        passes = 1 if beta is None else 2
+    else:
+        passes = _COMMON_PASSES[convention][intersection] + _DIFFERENCE_PASSES[convention][difference] * (
+            (alpha is not None) + (beta is not None)
+        )
+        passes = passes if negative is None else 2 * passes
+    flops = 2 * rows * stored * width + (0 if projected else 2 * count * stored * width) + 2 * rows * count * bank * passes
+    tensors = (x, features, prototypes, theta, alpha, beta, negative, bias)
+    read = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return Cost(flops, read, rows * count * x.element_size())
+
+
+_COMMON_PASSES = {
+    "paper": {"product": 1, "min": 2, "max": 4, "mean": 2, "gmean": 1, "softmin": 2},
+    "code": {"product": 1, "min": 2, "max": 2, "mean": 2, "gmean": 2, "softmin": 2},
+}
+_DIFFERENCE_PASSES = {"paper": {"ignorematch": 1, "subtractmatch": 2}, "code": {"ignorematch": 1, "subtractmatch": 3}}
+
+_SCHEMA = (
+    "(Tensor x, Tensor features, Tensor prototypes, Tensor? theta, Tensor? alpha, Tensor? beta, Tensor? negative,"
+    " Tensor? bias, str intersection, str convention, str difference, str form, bool mirrored, bool projected) -> Tensor"
+)
+
+tversky: OpOverload = KernelSpec(
+    name="tversky",
+    schema=_SCHEMA,
+    reference=reference.tversky,
+    fake=_fake,
+    setup_context=_save,
+    backward=_backward,
+    vmap=_vmap,
+    cost=_cost,
+    autocast=("x",),
+).register()
+

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact rows beside a product code: the operator ``vq_logits_product_exact``.
+
+    ŵ_i = exact_r for i = exact_of[r], else [C_1[a_1(i)], …, C_G[a_G(i)]];   logit_i = h·ŵ_i + bias_i
+
+A codebook is least sure of itself where it matters most, at the few tokens that are likely; those keep their rows.
+Tokens in ``exact_of`` must differ from one another (as the passes write them): of two rows for one token either may win.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels.spec import Cost, KernelSpec
+from rewriter.kernels.vq_logits.codec import decode_exact, flat_codes, unpack_codes
+from rewriter.kernels.vq_logits.reference import exact_logits, loss_dtype
+from rewriter.kernels.vq_logits.shared import (
+    Grads,
+    check_product,
+    positions,
+    save_inputs,
+    tensor_bytes,
+    vmap_rule,
+)
+
+
+def _check(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor) -> None:
+    check_product(h, codebook, codes, bias)
+    torch._check(
+        exact.dim() == 2 and exact.shape[1] == h.shape[-1],
+        lambda: f"exact must be [m, {h.shape[-1]}], not {tuple(exact.shape)}",
+    )
+    torch._check(exact_of.dtype == torch.uint8, lambda: f"exact_of must be uint8, not {exact_of.dtype}")
+    torch._check(
+        exact_of.dim() == 2 and exact_of.shape[0] == exact.shape[0] and exact_of.shape[1] in (1, 2, 3),
+        lambda: f"exact_of must be [{exact.shape[0]}, 1 to 3 bytes], not {tuple(exact_of.shape)}",
+    )
+
+
+def _exact(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor) -> Tensor:
+    _check(h, codebook, codes, bias, exact, exact_of)
+    return exact_logits(h, codebook, codes, bias, exact, exact_of)
+
+
+def _fake(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor) -> Tensor:
+    _check(h, codebook, codes, bias, exact, exact_of)
+    return h.new_empty((*h.shape[:-1], codes.shape[0]))
+
+
+def _backward(ctx: Any, grad: Tensor) -> Grads:
+    h, codebook, codes, bias, exact, exact_of = ctx.saved_tensors
+    groups, per_group, dims = codebook.shape
+    width, wide = h.shape[-1], loss_dtype(h)
+    flat = grad.reshape(-1, grad.shape[-1])
+    grad_h = None
+    if ctx.needs_input_grad[0]:
+        grad_h = grad @ decode_exact(codebook.to(h.dtype), codes, exact.to(h.dtype), exact_of)
+    grad_codebook = grad_exact = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[4]:
+        rows = unpack_codes(exact_of)
+        dense = (flat.t() @ h.reshape(-1, width)).to(wide)  # gradient of the decoded head, [V, d]
+        grad_exact = dense.index_select(0, rows).to(exact.dtype)
+        coded = dense.index_fill(0, rows, 0.0)
+        parts = torch.nn.functional.pad(coded, (0, groups * dims - width)).reshape(-1, dims)
+        total = parts.new_zeros((groups * per_group, dims))
+        total = total.index_add(0, flat_codes(codes, per_group).reshape(-1), parts)
+        grad_codebook = total.reshape(codebook.shape).to(codebook.dtype)
+    grad_bias = flat.to(wide).sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+    return grad_h, grad_codebook, None, grad_bias, grad_exact, None
+
+
+def _cost(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor) -> Cost:
+    logits = positions(h) * codes.shape[0]
+    flops = 2 * logits * h.shape[-1] + (0 if bias is None else logits)
+    return Cost(flops, tensor_bytes(h, codebook, codes, bias, exact, exact_of), logits * h.element_size())
+
+
+EXACT = KernelSpec(
+    name="vq_logits_product_exact",
+    schema="(Tensor h, Tensor codebook, Tensor codes, Tensor? bias, Tensor exact, Tensor exact_of) -> Tensor",
+    reference=_exact,
+    fake=_fake,
+    setup_context=save_inputs,
+    backward=_backward,
+    vmap=vmap_rule("vq_logits_product_exact", (0,)),
+    cost=_cost,
+    autocast=("h",),
+)
+
+vq_logits_product_exact = EXACT.register()

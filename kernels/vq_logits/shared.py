@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators of codebook heads have in common: checks of arguments, batching, counting of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels.vq_logits.codec import MAX_GROUP_CODES
+
+Grads = tuple[Tensor | None, ...]
+
+
+def check_hidden(h: Tensor) -> None:
+    torch._check(h.dim() >= 1, lambda: "h must have a last dimension of the head's width")
+    torch._check(h.is_floating_point(), lambda: f"h must be floating, not {h.dtype}")
+
+
+def check_per_token(name: str, bias: Tensor | None, codes: Tensor) -> None:
+    if bias is not None:
+        torch._check(
+            bias.shape == codes.shape[:1],
+            lambda: f"{name} must be [{codes.shape[0]}], one per token, not {tuple(bias.shape)}",
+        )
+
+
+def check_product(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> None:
+    """h ``[..., d]``, codebook ``[G, C, w]`` with (G − 1)·w < d ≤ G·w, codes uint8 ``[V, G]``, bias ``[V]``."""
+    check_hidden(h)
+    torch._check(codebook.dim() == 3, lambda: f"codebook must be [G, C, w], not {tuple(codebook.shape)}")
+    groups, per_group, dims = codebook.shape
+    torch._check(
+        1 <= per_group <= MAX_GROUP_CODES, lambda: f"a group has 1 to {MAX_GROUP_CODES} codes, not {per_group}"
+    )
+    torch._check(
+        (groups - 1) * dims < h.shape[-1] <= groups * dims,
+        lambda: f"{groups} groups of {dims} dimensions do not cover h's width {h.shape[-1]}",
+    )
+    torch._check(codes.dtype == torch.uint8, lambda: f"codes must be uint8, not {codes.dtype}")
+    torch._check(
+        codes.dim() == 2 and codes.shape[1] == groups,
+        lambda: f"codes must be [V, {groups}], not {tuple(codes.shape)}",
+    )
+    check_per_token("bias", bias, codes)
+
+
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """`setup_context` of an operator whose arguments are all tensors (or None)."""
+    ctx.save_for_backward(*inputs)
+
+
+def vmap_rule(name: str, per_position: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:
+    """Rule of an operator whose arguments ``per_position`` carry any leading dimensions; the rest has none.
+
+    Batched hidden states (and targets) are one more leading dimension. A batched codebook is another head per
+    example: one call each.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        op = getattr(torch.ops.rewriter, name)
+        front = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
+        batched = [d is not None for d in in_dims]
+        if not any(on for i, on in enumerate(batched) if i not in per_position):
+            for i in per_position:
+                front[i] = front[i] if batched[i] else front[i].unsqueeze(0).expand(info.batch_size, *front[i].shape)
+            return op(*front), 0
+        examples = ([a[n] if on else a for a, on in zip(front, batched, strict=True)] for n in range(info.batch_size))
+        return torch.stack([op(*example) for example in examples]), 0
+
+    return rule
+
+
+def tensor_bytes(*tensors: Tensor | None) -> int:
+    """Bytes the tensors take as they are."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def positions(h: Tensor) -> int:
+    """Number of hidden states in ``[..., d]``."""
+    return h.numel() // h.shape[-1]

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From which length linear attention pays: time ≈ max(FLOPs / FLOP rate, bytes / bandwidth), smallest length that wins.
+
+    softmax    2 · T² · (D + Dv) / 2 FLOPs per head (half of the scores are hidden where causal), q k v o read and written
+    linear     the operator's own cost model (`KernelSpec.cost`), and two products with D × F parameters for the maps
+
+A FLOP of a fused softmax kernel costs less than one of the chunked form, which is why rewrites of short sequences lose
+although they compute less. The factor between them is the one constant here that is measured and not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from rewriter.kernels.spec import REGISTRY, Cost
+from rewriter.passes.linear_attention.form import Form
+
+_LARGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of a device, for the comparison of two programs on it; only their ratios matter.
+
+    Attributes:
+        flops: FLOP/s of a fused softmax attention.
+        bandwidth: bytes/s.
+        overhead: how many times longer a FLOP of the linear form takes.
+    """
+
+    flops: float
+    bandwidth: float
+    overhead: float
+
+
+# cuda: H100-class bf16, overhead from the crossover of Lightning-2 with FlashAttention-2 near 3-4 K tokens (published
+# tables). cpu: one core; overhead measured with this repository's aten reference (docs/linear_attention.md).
+MACHINES = {"cuda": Machine(6e14, 3e12, 12.0), "cpu": Machine(5e10, 1e10, 2.0)}
+
+
+@functools.cache
+def pays_from(form: Form, key_heads: int, dim: int, features: int, device: str) -> int:
+    """The smallest power of two from which the rewritten site takes less time than softmax; 2^20 if none below does."""
+    machine = MACHINES.get(device, MACHINES["cuda"])
+    length = 64
+    while length < _LARGEST:
+        if _time(_linear(form, key_heads, dim, features, length), machine, machine.overhead) < _time(
+            _softmax(form, key_heads, dim, length), machine, 1.0
+        ):
+            return length
+        length *= 2
+    return _LARGEST
+
+
+def _time(cost: Cost, machine: Machine, overhead: float) -> float:
+    return max(cost.flops * overhead / machine.flops, (cost.bytes_read + cost.bytes_written) / machine.bandwidth)
+
+
+def _softmax(form: Form, key_heads: int, dim: int, length: int) -> Cost:
+    pairs = length * length // (2 if form.causal else 1)
+    half = 2 * length * dim  # bytes of one head in a half-precision type
+    return Cost(4 * pairs * dim * form.heads, half * (form.heads + 2 * key_heads), half * form.heads)
+
+
+def _linear(form: Form, key_heads: int, dim: int, features: int, length: int) -> Cost:
+    """What the operator says of itself, on descriptions, and the maps: two products for queries, one for keys."""
+
+    def described(heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(1, heads, length, width, dtype=dtype, device="meta")
+
+    half, wide = torch.float16, torch.float32
+    qkv = described(form.heads, dim, half), described(key_heads, dim, half), described(key_heads, dim, half)
+    maps = described(form.heads, features, wide), described(key_heads, features, wide)
+    per_head = torch.empty(form.heads, device="meta")
+    tensors = {"window_gate": per_head, "map_scale": per_head, "log_decay": per_head}
+    target, arguments = form.arguments(qkv, maps, None, tensors)
+    projections = 2 * length * dim * features * (2 * form.heads + key_heads)
+    return REGISTRY[target].cost(*arguments) + Cost(projections, 0, 0)
+
+
