@@ -10,6 +10,7 @@ from rewriter.applying import apply
 from rewriter.calibration import Statistics, calibrate
 from rewriter.capturing import capture
 from rewriter.declaring import rule
+from rewriter.decoding import DecodeState
 from rewriter.errors import UntrainedWarning
 from rewriter.evaluation import Evaluation, evaluate
 from rewriter.exporting import export_onnx

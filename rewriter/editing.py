@@ -9,7 +9,8 @@ refused site leaves the graph as it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,15 @@ class Editor:
             node.meta.update(self._marks.metadata())
         return node
 
+    @contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """New calls stand before ``node``; for rules that replace several nodes far apart (:attr:`Rule.apart`)."""
+        kept, self._anchor = self._anchor, node
+        try:
+            yield
+        finally:
+            self._anchor = kept
+
     def resolve(self, node: Node) -> Node:
         """What stands for ``node`` now."""
         while node in self.substitutes:
@@ -171,7 +181,7 @@ class Editor:
         """Make the new nodes of one match; nothing reads them yet."""
         current = self._current(match)
         roots = site.rule.replaced_nodes(current)
-        self._anchor = _place(roots, current.nodes)
+        self._anchor = min(roots) if site.rule.apart else _place(roots, current.nodes)
         prefix = site.rule.prefix(site.match)
         parameters = {
             name.removeprefix(prefix + ".") if prefix else name: self.parameter(name, tensor)
@@ -206,6 +216,10 @@ class Editor:
                     self.graph.erase_node(user)
             if not node.users:
                 gone.append(node.name)
+                facts.forget(node)
+                self.graph.erase_node(node)
+        for node in reversed(built.added):  # what a rule built for readers that turned out to be gone
+            if not node.users and not node.is_impure():
                 facts.forget(node)
                 self.graph.erase_node(node)
         return gone

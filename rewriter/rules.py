@@ -119,6 +119,7 @@ class Rule(ABC):
     version: ClassVar[int] = 1
     parametric: ClassVar[bool] = False  # whether it replaces parameters, so that every program must have its sites
     specificity: ClassVar[int] = 0  # a more specific view wins a site: Head over Linear
+    apart: ClassVar[bool] = False  # whether it builds each replacement before its own root (:meth:`Editor.before`)
 
     @abstractmethod
     def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
@@ -294,7 +295,7 @@ def near_misses(rule: Rule, program: Program, missed: Sequence[Miss] | None = No
 def disorder(rule: Rule, match: Match) -> str | None:
     """Why no single place in the graph lies after all inputs of a match and before all readers of its outputs."""
     roots = rule.replaced_nodes(match)
-    if len(roots) < 2:
+    if len(roots) < 2 or rule.apart:
         return None
     inside = {*match.nodes, *roots}
     latest = max((n for node in inside for n in node.all_input_nodes if n not in inside), default=None)

@@ -90,10 +90,8 @@ def _unmirror(grad: Tensor) -> Tensor:
 
 def _coefficient(per_value: Tensor | None, coefficient: Tensor | None) -> Tensor | None:
     """Sum of a gradient ``[..., P]`` for a coefficient ``[]`` or ``[P]``."""
-    if coefficient is None:
+    if coefficient is None or per_value is None:  # θ is not used in a ratio
         return None
-    if per_value is None:  # θ in a ratio: not used
-        return torch.zeros_like(coefficient)
     rows = per_value.reshape(-1, per_value.shape[-1])
     return (rows.sum(0) if coefficient.dim() else rows.sum()).to(coefficient.dtype)
 

@@ -27,13 +27,17 @@ class LinearAttentionCore(nn.Module):
         form: everything that is no tensor.
         tensors: the parameters by role.
 
-    ``state`` is None, or what the tokens so far have left behind: then a call continues the sequence, with keys and
-    values of the new tokens alone, and leaves the state of all of them.
+    Attributes:
+        state: None: a call sees whole sequences. Otherwise what the tokens so far have left behind, ``()`` at the start
+            (see `rewriter.decoding.Stateful`): a call gets the new tokens alone, and the state is replaced.
     """
+
+    state: tuple[Tensor, ...] | None
 
     def __init__(self, form: Form, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.form = form
+        self.state = None
         for role in form.roles:
             value = tensors[role]
             self.register_parameter(role, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
@@ -43,6 +47,9 @@ class LinearAttentionCore(nn.Module):
 
         Where there are more keys than queries, the queries are the last ones (a cache of keys holds the others).
         """
+        if self.state is not None:
+            out, self.state = self.advance(self.state or None, q, k, v, keep)
+            return out
         missing = k.shape[2] - q.shape[2] if self.form.causal else 0
         if missing > 0:
             q = nn.functional.pad(q, (0, 0, missing, 0))
@@ -119,12 +126,8 @@ def _attention(
     if attention_mask is not None:
         # What the last query sees is what is no padding: causal or not, everything else lies before it.
         keep = attention_mask[:, 0, -1, :] if attention_mask.dtype == torch.bool else attention_mask[:, 0, -1, :] == 0
-        keep = keep.expand(query.shape[0], -1)
-    continued = others.get("past_key_values")
-    if hasattr(continued, "advance"):
-        out = continued.advance(core, query, key, value, keep)
-    else:
-        out = core(query, key, value, keep)
+        keep = keep.expand(query.shape[0], -1)[:, -key.shape[2] :]
+    out = core(query, key, value, keep)
     if dropout:
         out = nn.functional.dropout(out, dropout)
     return out.transpose(1, 2).contiguous(), None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 from rewriter.errors import PlanError
@@ -36,6 +36,14 @@ class ShiftAdd(Pass):
             bits per weight at the defaults), ``"fp16"``: each basis has its own (4.5 bits). Other modes: ``"fp16"``,
             or ``"pot"``: the scale itself is a power of two. ``"auto"``: "pot" in mode bcq, "fp16" in the others.
         embeddings: also the input embeddings.
+        compensate: ``True``: fit codes and scales to the outputs on calibration data (GPTQ's compensated rounding, then
+            descent), an error without such data; ``"auto"``: where there is such data; ``False``: to the weights alone.
+        act_order: compensate in the order of the inputs' energy instead of the columns' numbers.
+        damping: what is added to the diagonal of E[x xᵀ] before compensation, as a share of its mean.
+        awq: multiply inputs by powers of two that make weights of large activations finer, chosen on calibration data.
+            They stay in the model: one more parameter and one multiplication per input.
+        mean_bits: bits per weight on average over the linear layers, the sensitive ones getting more (needs calibration
+            data); None: `bits` everywhere.
     """
 
     name: ClassVar[str] = "shift_add"
@@ -46,6 +54,11 @@ class ShiftAdd(Pass):
     terms: int = 1
     scale: str = "auto"
     embeddings: bool = False
+    compensate: bool | str = "auto"
+    act_order: bool = True
+    damping: float = 0.01
+    awq: bool = False
+    mean_bits: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -66,12 +79,37 @@ class ShiftAdd(Pass):
                 "terms, with at least 2 bits (a sign and an exponent) per term"
             )
         self.spelling()  # a mode refuses the bits it cannot use
+        self._check_calibration()
 
     def rules(self) -> tuple[Rule, ...]:
         return (LinearRule(self), *([EmbeddingRule(self)] if self.embeddings else []))
 
-    def spelling(self) -> Mode:
-        """The mode with its settings."""
+    def _check_calibration(self) -> None:
+        if not isinstance(self.compensate, bool) and self.compensate != "auto":
+            raise PlanError(f"shift_add: compensate={self.compensate!r} must be True, False or 'auto'")
+        if not 0 <= self.damping <= 1:
+            raise PlanError(f"shift_add: damping={self.damping} must be 0 to 1 (a share of the mean input energy)")
+        if self.mean_bits is None:
+            return
+        if self.terms != 1:
+            raise PlanError(
+                f"shift_add: mean_bits={self.mean_bits:g} and terms={self.terms} contradict each other: "
+                "bits of several terms come in multiples; use terms=1 or give bits"
+            )
+        if not self.least_bits <= self.mean_bits <= 8:
+            raise PlanError(
+                f"shift_add: mean_bits={self.mean_bits:g} must be {self.least_bits} to 8 in mode {self.mode}"
+            )
+
+    @property
+    def least_bits(self) -> int:
+        """The fewest bits the mode can use."""
+        return next(bits for bits in range(1, 9) if _accepts(replace(self, mean_bits=None), bits))
+
+    def spelling(self, bits: int | None = None) -> Mode:
+        """The mode with its settings, at ``bits`` per weight (by default those of the options)."""
+        if bits is not None:
+            return replace(self, bits=bits, mean_bits=None).spelling()
         if self.mode == "bcq":
             return BCQ(self.bits, "fp16" if self.scale == "fp16" else "pot")
         scale = cast(ScaleKind, "pot" if self.scale == "pot" else "fp16")
@@ -80,3 +118,11 @@ class ShiftAdd(Pass):
         if self.mode == "uniform":
             return Uniform(self.bits, scale)
         return Apot(self.bits, scale) if self.mode == "apot" else Dense(self.bits, scale)
+
+
+def _accepts(options: ShiftAdd, bits: int) -> bool:
+    try:
+        options.spelling(bits)
+    except PlanError:
+        return False
+    return True

@@ -61,10 +61,14 @@ class ShiftAddLinear(_ShiftAddWeight):
     Args:
         codes: the fitted weight ``[out_features, in_features]``.
         bias: ``[out_features]`` or None; a `nn.Parameter` is shared, a tensor becomes one.
+        input_scale: ``[in_features]`` or None; x is multiplied with it first, and the codes are of the weight over it.
     """
 
-    def __init__(self, codes: AnyCodes, bias: Tensor | None = None) -> None:
+    input_scale: Tensor | None
+
+    def __init__(self, codes: AnyCodes, bias: Tensor | None = None, input_scale: Tensor | None = None) -> None:
         super().__init__(codes)
+        self.register_buffer("input_scale", input_scale)
         self.out_features, self.in_features = codes.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"bias must be [{self.out_features}], got {list(bias.shape)}")
@@ -74,9 +78,18 @@ class ShiftAddLinear(_ShiftAddWeight):
         """The layer of outputs ``start`` to ``end - 1`` alone, with tensors of its own."""
         part = {role: t.detach().clone() for role, t in self.codes.rows(start, end).tensors().items()}
         bias = None if self.bias is None else self.bias.detach()[start:end].clone()
-        return ShiftAddLinear(self.layout.codes(part), bias)
+        scale = None if self.input_scale is None else self.input_scale.clone()
+        return ShiftAddLinear(self.layout.codes(part), bias, scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, decoded on every access; differentiable in the scales."""
+        dense = self.codes.decode()
+        return dense if self.input_scale is None else dense * self.input_scale
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_scale is not None:
+            x = x * self.input_scale
         operator, arguments = self.layout.linear(x, self.tensors, self.bias)
         out: Tensor = operator(*arguments)
         return out

@@ -14,10 +14,10 @@ from rewriter import legality
 from rewriter.calibration import Statistics
 from rewriter.editing import Editor
 from rewriter.matcher import Match, Miss
-from rewriter.passes.shift_add import energy, measures, modes, modules
+from rewriter.passes.shift_add import calibrated, energy, measures, modules
 from rewriter.passes.shift_add.codes import AnyCodes
 from rewriter.passes.shift_add.layout import Layout
-from rewriter.passes.shift_add.modes import Codes, Mode
+from rewriter.passes.shift_add.modes import Mode
 from rewriter.program import Program
 from rewriter.rules import CALIBRATED, Contract, Rule, Site, module_path
 from rewriter.views import EMBEDDING, LINEAR, View, router
@@ -32,6 +32,7 @@ class ShiftAddRule(Rule):
     contract: ClassVar[Contract] = CALIBRATED("closed form from the weights")
     parametric: ClassVar[bool] = True
     view: ClassVar[View]
+    metric: ClassVar[str] = ""  # kind of statistics that says what errors of the weight's rows cost
 
     def __init__(self, options: ShiftAdd) -> None:
         self.options = options
@@ -57,22 +58,19 @@ class ShiftAddRule(Rule):
         self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
     ) -> dict[str, Any]:
         rows, columns = (int(s) for s in site.match["weight"].meta["val"].shape[:2])
-        return {"in_features": rows if site.match.captures.get("transposed") else columns}
+        width = rows if site.match.captures.get("transposed") else columns
+        return {"in_features": width} | calibrated.settle(self.options, self.metric, site, statistics)
 
     def mode(self, choice: Mapping[str, Any]) -> Mode:
         """How this site's weight is spelled."""
-        return self.options.spelling()
+        return self.options.spelling(choice.get("bits"))
 
     def layout(self, choice: Mapping[str, Any]) -> Layout:
         """How this site's weight is stored."""
         return Layout.planned(self.mode(choice), self.options.group, choice["in_features"])
 
     def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
-        return self.layout(choice).roles
-
-    def fit(self, site: Site, weight: Tensor, choice: Mapping[str, Any], statistics: Statistics | None) -> Codes:
-        """The packed weight of a site."""
-        return modes.fit(weight, self.mode(choice), group=self.options.group)
+        return (*self.layout(choice).roles, *([calibrated.INPUT_SCALE] if choice.get("scaled") else []))
 
     def initialise(
         self,
@@ -83,7 +81,8 @@ class ShiftAddRule(Rule):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         weight = as_rows(site.match, read)
-        made = dict(self.fit(site, weight.detach(), choice, statistics).tensors())
+        mode = self.mode(choice)
+        made = dict(calibrated.fit(self.options, mode, self.metric, site, weight.detach(), choice, statistics))
         made["weight_scale"] = nn.Parameter(made["weight_scale"], requires_grad=weight.requires_grad)
         return made
 
@@ -99,8 +98,11 @@ class ShiftAddRule(Rule):
         weight = as_rows(site.match, before)
         moment = statistics.get("second_moment", site.paths) if statistics is not None else None
         layout = self.layout(choice)
-        figures = measures.errors(weight, layout.codes(after), moment)
-        bits = measures.bits_per_weight(*(after[role] for role in layout.roles), weights=weight.numel())
+        codes = layout.codes(after)
+        scale = after.get(calibrated.INPUT_SCALE)
+        figures = measures.errors(weight, codes if scale is None else calibrated.Scaled(codes, scale), moment)
+        stored = (after[role] for role in self.roles(site.match, choice))
+        bits = measures.bits_per_weight(*stored, weights=weight.numel())
         return figures | {"bits": bits} | self.energy(weight, choice, bits)
 
     def energy(self, weight: Tensor, choice: Mapping[str, Any], bits: float) -> dict[str, float]:
@@ -112,18 +114,23 @@ class LinearRule(ShiftAddRule):
     name: ClassVar[str] = "shift_add.linear"
     role: ClassVar[str] = "linear"
     view: ClassVar[View] = LINEAR
+    metric: ClassVar[str] = "second_moment"
 
     def rewrite(
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
     ) -> Mapping[Node, Node]:
-        operator, arguments = self.layout(choice).linear(match["x"], parameters, match["bias"])
+        x = match["x"]
+        if choice.get("scaled"):
+            x = edit.call(torch.ops.aten.mul.Tensor, x, parameters[calibrated.INPUT_SCALE])
+        operator, arguments = self.layout(choice).linear(x, parameters, match["bias"])
         return {match.root: edit.call(operator, *arguments)}
 
     def needs(self, match: Match) -> Mapping[str, Node]:
         return {"second_moment": match["x"]}
 
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
-        return modules.ShiftAddLinear(self._codes(tensors, choice), tensors.get("bias"))
+        scale = tensors.get(calibrated.INPUT_SCALE)
+        return modules.ShiftAddLinear(self._codes(tensors, choice), tensors.get("bias"), scale)
 
     def _codes(self, tensors: Mapping[str, Tensor], choice: Mapping[str, Any]) -> AnyCodes:
         return self.layout(choice).codes(tensors)
@@ -133,6 +140,10 @@ class EmbeddingRule(ShiftAddRule):
     name: ClassVar[str] = "shift_add.embedding"
     role: ClassVar[str] = "embedding"
     view: ClassVar[View] = EMBEDDING
+    metric: ClassVar[str] = "gradient_moment"
+
+    def needs(self, match: Match) -> Mapping[str, Node]:
+        return {} if self.options.compensate is False else {"gradient_moment": match.root}
 
     def rewrite(
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]

@@ -20,6 +20,8 @@ from rewriter.calibration import Statistics
 from rewriter.editing import Editor
 from rewriter.kernels.vq_logits import op as operators
 from rewriter.matcher import Match, Miss
+from rewriter.passes.after_head.building import build
+from rewriter.passes.after_head.joining import joined
 from rewriter.passes.vq_logits import choosing, modules, structures
 from rewriter.passes.vq_logits.heads import CodebookHead, TiersHead
 from rewriter.passes.vq_logits.tiers import floor
@@ -47,17 +49,23 @@ class HeadRule(Rule):
     contract: ClassVar[Contract] = CALIBRATED("clustering of the head's rows")
     parametric: ClassVar[bool] = True
     specificity: ClassVar[int] = 1
+    apart: ClassVar[bool] = True  # the loss stands where it stood, far from the logits
 
     def __init__(self, options: VQLogits) -> None:
         self.options = options
 
     def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
-        matches = [_with_tokens(program, m) for m in HEAD.find(program)]
-        return matches, [m for m in HEAD.explain(program) if m.node is not None]
+        head = operators.vq_logits_tiers if self.options.structure in ("tiers", "pure") else operators.vq_logits_product
+        found = [joined(program.facts, _with_tokens(program, m), head, self.name) for m in HEAD.find(program)]
+        misses = [m for m in HEAD.explain(program) if m.node is not None]
+        return [match for match, _ in found], [*misses, *(miss for _, left in found for miss in left)]
 
     def refusal(self, program: Program, match: Match) -> str | None:
-        reason = legality.refusal(program.facts, match)
+        reason = legality.refusal(program.facts, match["head"])  # what follows it has been judged
         return None if reason is None else str(reason)
+
+    def replaced_nodes(self, match: Match) -> tuple[Node, ...]:
+        return (match.root, *(root for one in match["followers"] for root in one.roots))
 
     def replaced_tensors(self, match: Match) -> tuple[str, ...]:
         return tuple(str(n.target) for n in (match["weight"], match["bias"]) if n is not None)
@@ -138,7 +146,12 @@ class HeadRule(Rule):
         projection = inputs.pop("projection", None)
         if projection is not None:
             x = edit.call(torch.ops.aten.linear.default, x, projection)
-        return {match.root: edit.call(_OPERATORS[kind.__name__], x, *inputs.values())}
+        head, tensors = _OPERATORS[kind.__name__], tuple(inputs.values())
+        replacement = {match.root: edit.call(head, x, *tensors)}
+        for one in match["followers"]:
+            with edit.before(min(one.roots)):
+                replacement |= build(edit, head, x, tensors, one)
+        return replacement
 
     def measure(
         self,

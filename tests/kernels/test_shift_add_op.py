@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four operators against dense layers on decoded weights, and everything torch asks of an operator."""
+"""The operators against dense layers on decoded weights, and everything torch asks of an operator."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._ops import OpOverload
 
 from rewriter.kernels.shift_add import codec, op
 from rewriter.kernels.spec import REGISTRY
 
-KINDS = ["bcq-pot", "bcq-free", "pot-1", "pot-2"]
+KINDS = ["bcq-pot", "bcq-free", "pot-1", "pot-2", "level"]
 OUT = 5
 
 
@@ -34,39 +35,47 @@ class Packed:
     group: int
     width: int
 
+    levels: Tensor | None = None
+
     @property
     def terms(self) -> int:
         return int(self.kind[-1])
 
     @property
-    def is_bcq(self) -> bool:
-        return self.kind.startswith("bcq")
+    def operators(self) -> tuple[OpOverload, OpOverload]:
+        """The linear and the embedding operator."""
+        family = self.kind.split("-")[0]
+        return getattr(op, f"{family}_linear"), getattr(op, f"{family}_embedding")
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.is_bcq:
-            return op.bcq_linear(x, *self.linear_args(bias))
-        return op.pot_linear(x, *self.linear_args(bias))
+        return self.operators[0](x, *self.linear_args(bias))
 
     def embedding(self, ids: Tensor) -> Tensor:
-        if self.is_bcq:
-            return op.bcq_embedding(ids, *self.embedding_args())
-        return op.pot_embedding(ids, *self.embedding_args())
+        return self.operators[1](ids, *self.embedding_args())
 
     def linear_args(self, bias: Tensor | None) -> tuple[Any, ...]:
-        if self.is_bcq:
-            return self.codes, self.scale, self.shift, bias, self.group, self.width
-        return self.codes, self.scale, bias, self.bits, self.terms, self.group, self.width
+        tensors, numbers = self._args
+        return *tensors, bias, *numbers
 
     def embedding_args(self) -> tuple[Any, ...]:
-        if self.is_bcq:
-            return self.codes, self.scale, self.shift, self.group, self.width
-        return self.codes, self.scale, self.bits, self.terms, self.group, self.width
+        tensors, numbers = self._args
+        return *tensors, *numbers
+
+    @property
+    def _args(self) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        if self.kind.startswith("bcq"):
+            return (self.codes, self.scale, self.shift), (self.group, self.width)
+        if self.kind == "level":
+            return (self.codes, self.scale, self.levels), (self.bits, self.group, self.width)
+        return (self.codes, self.scale), (self.bits, self.terms, self.group, self.width)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        if self.is_bcq:
+        if self.kind.startswith("bcq"):
             return codec.decode_bcq(self.codes, self.scale, self.shift, self.group, self.width, dtype)
-        layout = (self.bits, self.terms, self.group, self.width)
-        return codec.decode_pot(self.codes, self.scale, *layout, dtype)
+        if self.levels is not None:
+            layout = (self.bits, self.group, self.width)
+            return codec.decode_levels(self.codes, self.scale, self.levels, *layout, dtype)
+        return codec.decode_pot(self.codes, self.scale, self.bits, self.terms, self.group, self.width, dtype)
 
 
 def packed(kind: str, seed: int = 0, width: int = 21, group: int = 8, dtype: torch.dtype = torch.float64) -> Packed:
@@ -79,7 +88,11 @@ def packed(kind: str, seed: int = 0, width: int = 21, group: int = 8, dtype: tor
             return Packed(kind, codes, _scale(g, dtype, OUT, groups), shift, bits, group, width)
         return Packed(kind, codes, _scale(g, dtype, OUT, groups, bits), None, bits, group, width)
     codes = codec.pack_stream(torch.randint(0, 1 << bits, (OUT, width), generator=g), bits)
-    return Packed(kind, codes, _scale(g, dtype, OUT, groups), None, bits, group, width)
+    scale = _scale(g, dtype, OUT, groups)
+    if kind == "level":  # any table will do, stored wide or narrow
+        levels = torch.randn(1 << bits, generator=g, dtype=torch.float64).to(torch.float16).to(dtype)
+        return Packed(kind, codes, scale, None, bits, group, width, levels)
+    return Packed(kind, codes, scale, None, bits, group, width)
 
 
 def _scale(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -169,7 +182,7 @@ def test_opcheck(kind: str) -> None:
     weight = packed(kind)
     trained = replace(weight, scale=weight.scale.requires_grad_())
     x, bias = _input(2, 3, weight.width).requires_grad_(), _input(OUT).requires_grad_()
-    linear, embedding = (op.bcq_linear, op.bcq_embedding) if weight.is_bcq else (op.pot_linear, op.pot_embedding)
+    linear, embedding = weight.operators
     torch.library.opcheck(linear, (x, *trained.linear_args(bias)))
     torch.library.opcheck(linear, (x.detach(), *weight.linear_args(None)))
     torch.library.opcheck(embedding, (torch.tensor([[0, 4], [4, 1]]), *trained.embedding_args()))
@@ -188,6 +201,17 @@ def test_gradients(kind: str) -> None:
     assert torch.autograd.gradgradcheck(linear, (x, scale, bias))
     ids = torch.tensor([[0, 4], [4, 1]])
     assert torch.autograd.gradcheck(lambda scale: replace(weight, scale=scale).embedding(ids), (scale,))
+
+
+def test_the_table_has_gradients_too() -> None:
+    weight = packed("level")
+    x, levels, ids = _input(2, weight.width), weight.levels.requires_grad_(), torch.tensor([[0, 4], [4, 1]])
+    assert torch.autograd.gradcheck(lambda levels: replace(weight, levels=levels).linear(x), (levels,))
+    assert torch.autograd.gradgradcheck(lambda levels: replace(weight, levels=levels).linear(x), (levels,))
+    assert torch.autograd.gradcheck(lambda levels: replace(weight, levels=levels).embedding(ids), (levels,))
+    trained = replace(weight, levels=levels, scale=weight.scale.clone().requires_grad_())
+    torch.library.opcheck(op.level_linear, (x.requires_grad_(), *trained.linear_args(_input(OUT).requires_grad_())))
+    torch.library.opcheck(op.level_embedding, (ids, *trained.embedding_args()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,7 +314,7 @@ def test_export_keeps_one_node_and_decomposes_to_the_reference(kind: str) -> Non
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(Model(), (x,), dynamic_shapes={"x": {0: batch}})
     ours = [n.target for n in program.graph.nodes if n.target in REGISTRY]
-    assert ours == [op.bcq_linear if weight.is_bcq else op.pot_linear]
+    assert ours == [weight.operators[0]]
     inlined = program.run_decompositions({ours[0]: REGISTRY[ours[0]].reference})
     assert not any(n.target in REGISTRY for n in inlined.graph.nodes)
     for rows in (1, 7):
@@ -317,8 +341,15 @@ def test_cost_counts_packed_bytes_and_the_rows_read() -> None:
     assert REGISTRY[op.pot_linear].cost(x, *four.linear_args(None)).bytes_read == 6 * 256 + OUT * 64 + OUT * 2
     assert REGISTRY[op.pot_embedding].cost(ids, *four.embedding_args()).bytes_read == 16 + 2 * (64 + 2)
 
+    level = packed("level", width=128, group=128, dtype=torch.float16)
+    table = 16 * 2
+    cost = REGISTRY[op.level_linear].cost(x, *level.linear_args(None))
+    assert cost.bytes_read == 6 * 256 + OUT * 64 + OUT * 2 + table
+    assert cost.flops == 2 * 6 * OUT * 128 + OUT * 128
+    assert REGISTRY[op.level_embedding].cost(ids, *level.embedding_args()).bytes_read == 16 + 2 * (64 + 2) + table
 
-BCQ, POT = packed("bcq-pot"), packed("pot-2")
+
+BCQ, POT, LEVEL = packed("bcq-pot"), packed("pot-2"), packed("level")
 X = _input(2, 21)
 REFUSED: list[tuple[Callable[[], Tensor], str]] = [
     (lambda: BCQ.linear(_input(2, 20)), "x has 20 features, the weight in_features=21"),
@@ -345,6 +376,14 @@ REFUSED: list[tuple[Callable[[], Tensor], str]] = [
     (lambda: replace(POT, codes=POT.codes[:, 1:]).linear(X), "codes need 11 bytes"),
     (lambda: replace(POT, codes=POT.codes[0]).linear(X), "codes must be [out, bytes]"),
     (lambda: replace(POT, codes=POT.codes.to(torch.int32)).linear(X), "codes must be uint8"),
+    (lambda: replace(LEVEL, bits=13).linear(X), "bits=13 must be 1 to 12"),
+    (lambda: replace(LEVEL, bits=3).linear(X), "codes need 8 bytes for in_features=21 at 3 bits, got 11"),
+    (lambda: replace(LEVEL, codes=LEVEL.codes[0]).linear(X), "codes must be [out, bytes]"),
+    (lambda: replace(LEVEL, codes=LEVEL.codes.to(torch.int32)).linear(X), "codes must be uint8"),
+    (lambda: replace(LEVEL, scale=LEVEL.scale[1:]).linear(X), "scale must be [5, 3], got [4, 3]"),
+    (lambda: replace(LEVEL, levels=LEVEL.codes[0]).linear(X), "levels must be floating"),
+    (lambda: replace(LEVEL, levels=LEVEL.levels[1:]).linear(X), "levels must be [16], got [15]"),
+    (lambda: LEVEL.embedding(torch.tensor([0.5])), "ids must be int32 or int64"),
     (lambda: POT.embedding(torch.tensor([True])), "ids must be int32 or int64"),
 ]
 

@@ -93,9 +93,11 @@ def test_gradients_of_second_order(case: str) -> None:
 @pytest.mark.parametrize("names", NAMES, ids="-".join)
 def test_gradients_by_hand_equal_those_autograd_finds_in_the_reference(names: tuple[str, str, str, str]) -> None:
     args = trainable(arguments(names, dtype=torch.float64))
-    by_hand = torch.autograd.grad(op.tversky(*args).square().sum(), floating(args))
-    found = torch.autograd.grad(
-        reference.tversky(*args).square().sum(), floating(args), allow_unused=True, materialize_grads=True
+    by_hand, found = (
+        torch.autograd.grad(
+            function(*args).square().sum(), floating(args), allow_unused=True, materialize_grads=True
+        )
+        for function in (op.tversky, reference.tversky)
     )
     for a, b in zip(by_hand, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -112,8 +114,8 @@ def test_empty_sets_give_finite_values_and_gradients(names: tuple[str, str, str,
     args = trainable([x, features, prototypes, *weights, None, None, *names, False, False])
     out = op.tversky(*args)
     assert out.isfinite().all()
-    for grad in torch.autograd.grad(out.sum(), floating(args)):
-        assert grad.isfinite().all()
+    for grad in torch.autograd.grad(out.sum(), floating(args), allow_unused=True):
+        assert grad is None or grad.isfinite().all()
 
 
 def test_the_softmin_of_two_empty_sets_is_what_its_convention_says() -> None:
@@ -180,8 +182,10 @@ def test_compiled_with_dynamic_shapes_forward_and_backward(case: str) -> None:
     compiled = torch.compile(op.tversky, backend="aot_eager", fullgraph=True, dynamic=True)
     for lead in ((2, 3), (4, 7)):
         args = trainable(arguments(**(CASES[case] | {"lead": lead})))
-        want = torch.autograd.grad(op.tversky(*args).sum(), floating(args))
-        got = torch.autograd.grad(compiled(*args).sum(), floating(args))
+        want, got = (
+            torch.autograd.grad(f(*args).sum(), floating(args), allow_unused=True, materialize_grads=True)
+            for f in (op.tversky, compiled)
+        )
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -192,7 +196,7 @@ def test_compiled_with_dynamic_shapes_forward_and_backward(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [16, 512])
 def test_the_signed_pair_loses_no_more_than_a_dense_layer(dtype: torch.dtype, width: int) -> None:
-    """Both branches meet before the downcast; apart, each rounded, they lose 4 times what a dense layer loses."""
+    """Both branches meet before the downcast; apart, each rounded, they lose over 3 times what a dense layer loses."""
     g = torch.Generator().manual_seed(width)
     x, w = (torch.randn(64, width, generator=g).to(dtype) for _ in range(2))
     eye = torch.eye(width, dtype=dtype)
@@ -210,7 +214,7 @@ def test_the_signed_pair_loses_no_more_than_a_dense_layer(dtype: torch.dtype, wi
         branch = [
             op.tversky(x, torch.cat((eye, -eye)), p, None, None, None, None, None, *PLAIN, False, False) for p in (w, -w)
         ]
-        assert error(branch[0] - branch[1]) > 2 * error(x @ w.t()) + float(ulp)
+        assert error(branch[0] - branch[1]) > 3 * error(x @ w.t())
 
 
 class _Largest(TorchDispatchMode):

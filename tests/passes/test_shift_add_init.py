@@ -434,7 +434,8 @@ def test_codes_are_refitted_only_under_scales_that_fit() -> None:
 FITS: dict[str, Callable[[Tensor], AnyCodes]] = {
     "bcq-pot": lambda w: bcq.fit(w, bits=4, group=16),
     "bcq-fp16": lambda w: bcq.fit(w, bits=3, group=16, scale="fp16"),
-    "pot": lambda w: pot.fit(w, bits=8, terms=2, group=16),
+    "pot": lambda w: pot.fit(w, bits=4, group=16),
+    "pot-2": lambda w: pot.fit(w, bits=8, terms=2, group=16),
 }
 
 
@@ -446,7 +447,8 @@ def test_linear_module(kind: str) -> None:
     assert torch.equal(layer.weight, fitted.decode())
     torch.testing.assert_close(layer(x), F.linear(x, fitted.decode(), bias))
     assert (layer.in_features, layer.out_features) == (40, 6)
-    roles = {"weight_codes", "weight_scale", "bias"} | ({"weight_shift"} if kind == "bcq-pot" else set())
+    own = {"bcq-pot": {"weight_shift"}, "bcq-fp16": set(), "pot": set(), "pot-2": {"weight_levels"}}
+    roles = {"weight_codes", "weight_scale", "bias"} | own[kind]
     assert set(layer.state_dict()) == roles
     assert {n for n, _ in layer.named_parameters()} == {"weight_scale", "bias"}
     assert ShiftAddLinear(fitted).bias is None

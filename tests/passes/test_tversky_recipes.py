@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -119,7 +120,7 @@ def test_contributions_add_up_to_the_similarity(intersection: str, difference: s
     for x in drawn(4, 3, seed=2):
         expected = projection(x)
         for prototype in range(6):
-            parts = contributions(projection, x, prototype)
+            parts = contributions(projection, x, prototype).detach()
             assert parts.shape == ((10,) if pair else (5,))
             assert math.isclose(float(parts.sum()), float(expected[prototype]), rel_tol=1e-12, abs_tol=1e-12)
 
@@ -161,7 +162,7 @@ def test_the_coefficient_falls_from_one_to_zero(schedule: str) -> None:
     annealing = Annealing(40, schedule)
     values = [annealing.coefficient(step) for step in range(50)]
     assert values[0] == 1.0
-    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values))
     assert values[29] > 0.0 and set(values[30:]) == {0.0}
 
 
