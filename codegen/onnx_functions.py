@@ -17,10 +17,10 @@ from collections.abc import Iterable, Sequence
 import onnx
 import onnx.parser
 
-from rewriter.codegen import onnx_shift_add, onnx_vq_logits
+from rewriter.codegen import onnx_shift_add, onnx_tversky, onnx_vq_logits
 from rewriter.codegen.onnx_operator import DOMAIN, SHARED, VERSION
 
-FAMILIES = (onnx_shift_add, onnx_vq_logits)
+FAMILIES = (onnx_shift_add, onnx_tversky, onnx_vq_logits)
 OPERATORS = {name: operator for family in FAMILIES for name, operator in family.OPERATORS.items()}
 # A helper calls only those above it.
 _HELPERS = SHARED | {name: text for family in FAMILIES for name, text in family.HELPERS.items()}

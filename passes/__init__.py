@@ -7,6 +7,7 @@ from rewriter.passes.after_head import AfterHead
 from rewriter.passes.canonical import Canonical
 from rewriter.passes.fold import Fold
 from rewriter.passes.fuse import Fuse
+from rewriter.passes.linear_attention import LinearAttention
 from rewriter.passes.shift_add import ShiftAdd
 from rewriter.passes.shift_add.additive import ShiftAttention
 from rewriter.passes.shift_add.experts import ShiftExperts
@@ -21,6 +22,7 @@ __all__ = [
     "Canonical",
     "Fold",
     "Fuse",
+    "LinearAttention",
     "Pass",
     "ShiftAdd",
     "ShiftAttention",

@@ -30,12 +30,13 @@ SAMPLE_ROWS = 16384
 
 # What a rule can ask for at a node, and how one observed value adds to it.
 #   second_moment  E[x xᵀ] over all rows of x [..., d]: float64 [d, d]
+#   channel_moment  the same over all places of x [n, d, ...], channels second
 #   gradient_moment  E[g gᵀ] of the gradient at x: what errors of x cost at the outputs (see `rewriter.curvature`)
 #   sample         up to SAMPLE_ROWS rows of x, evenly thinned: [n, d]
 #   counts         how often each integer value occurred: int64 [max + 1]
 #   sequences      whole inputs of the batch, evenly thinned to SEQUENCE_TOKENS tokens: [n, ..., length, d] or [n, length]
 # A rule that asks for several values at one site tells them apart after a colon: "sequences:q", "sequences:k".
-KINDS = ("second_moment", "gradient_moment", "sample", "counts", "sequences")
+KINDS = ("second_moment", "channel_moment", "gradient_moment", "sample", "counts", "sequences")
 SEQUENCE_TOKENS = 32768
 _OF_GRADIENT = frozenset({"gradient_moment"})  # these observe the gradient at a node, not its value
 
@@ -55,6 +56,11 @@ class _Moment:
         if self.total is None:
             raise PlanError("calibration data is empty; give at least one input")
         return self.total / self.rows
+
+
+class _ChannelMoment(_Moment):
+    def add(self, value: Tensor) -> None:
+        super().add(value.movedim(1, -1))
 
 
 @dataclass
@@ -129,6 +135,7 @@ def _collector(kind: str) -> Any:
 
 _COLLECTORS: dict[str, Callable[[], Any]] = {
     "second_moment": _Moment,
+    "channel_moment": _ChannelMoment,
     "gradient_moment": _Moment,
     "sample": _Sample,
     "counts": _Counts,

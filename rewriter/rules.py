@@ -159,6 +159,16 @@ class Rule(ABC):
         """
         return {}
 
+    def settle_all(
+        self,
+        sites: Sequence[Site],
+        choices: Sequence[dict[str, Any]],
+        program: Program,
+        statistics: Statistics | None,
+    ) -> Sequence[dict[str, Any]]:
+        """The choices of all sites this rule got, in graph order, each settled by itself: where they share a budget."""
+        return choices
+
     def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
         """Roles of the new parameters, in order; their names are ``<prefix>.<role>``."""
         return ()

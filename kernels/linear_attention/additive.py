@@ -194,4 +194,4 @@ def _results(raw: Tensor, memory: Tensor, q: Tensor, normalise: str) -> Outputs:
         weight = raw[..., -1:]
         out = out / torch.where(weight == 0, 1.0, weight)
     memory = memory.squeeze(2)
-    return out.flatten(1, 2).to(q.dtype).contiguous(), memory[..., :-1].contiguous(), memory[..., -1].contiguous()
+    return out.flatten(1, 2).to(q.dtype).contiguous(), layout.fresh(memory[..., :-1]), layout.fresh(memory[..., -1])

@@ -62,6 +62,17 @@ def decay(log_decay: Tensor | None, k: Tensor, forms: Sequence[int]) -> None:
         same("log_decay", log_decay.shape[3], "features", k.shape[3])
 
 
+def decay_heads(log_decay: Tensor | None) -> dict[str, int]:
+    """The decay's number of heads, as an argument of :func:`heads`."""
+    return {} if log_decay is None else {"log_decay": log_decay.shape[0 if log_decay.dim() == 1 else 1]}
+
+
+def per_head(name: str, x: Tensor | None, count: int) -> None:
+    """Floating ``[heads]``."""
+    shape(name, x, (count,))
+    check(x is None or x.is_floating_point(), f"{name} must be floating")
+
+
 def keep(mask: Tensor | None, k: Tensor) -> None:
     """Boolean ``[B, T]``, True for real tokens."""
     if mask is None:

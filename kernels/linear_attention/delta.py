@@ -213,4 +213,4 @@ def unit_lower_inverse(strict: Tensor) -> Tensor:
 
 
 def _results(out: Tensor, memory: Tensor, q: Tensor) -> Outputs:
-    return out.flatten(1, 2).to(q.dtype).contiguous(), memory.squeeze(2).contiguous()
+    return out.flatten(1, 2).to(q.dtype).contiguous(), layout.fresh(memory.squeeze(2))

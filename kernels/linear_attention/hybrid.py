@@ -13,7 +13,8 @@ W_n, the keys of query n that stay softmax, all at or before n:
 a_n says what the linear terms are measured against:
 
     anchor "max"     a_n = 1         relative to the row's largest exponential, as in LoLCATs (arXiv 2410.10254)
-    anchor "none"    a_n = e^{−c_n}  absolute: ℓ stands for e^{s} itself, and c_n only keeps the exponentials in range
+    anchor "none"    a_n = e^{−c_n}  absolute: ℓ stands for e^{s} itself; here c_n only keeps the exponentials in range
+                                     and is the larger of the maximum and the log of the linear mass
 
 No key outside the window ⇒ exactly softmax, whatever γ. Without feature maps there are no linear terms: window
 softmax alone. Positions are counted over real tokens, so that left padding changes nothing; padding between tokens
@@ -44,8 +45,8 @@ from rewriter.kernels.linear_attention.sequence import (
     state_heads,
 )
 
-# Linear terms that already outweigh the window by e^60 need not outweigh it by more: e^{−c_n} stays finite.
-LARGEST_EXPONENT = 60.0
+# e^{−c_n} stays finite where there is no linear term for it to scale.
+LARGEST_EXPONENT = 80.0
 
 
 def parallel(x: Inputs, setting: Setting) -> Tensor:
@@ -69,15 +70,16 @@ def parallel(x: Inputs, setting: Setting) -> Tensor:
     visible = (distance >= 0) & keep.unsqueeze(-2)
     soft = (visible & near).unsqueeze(1)
     scores = (x.q.to(dtype) @ every_head(x.k).mT * setting.scale).masked_fill(~soft, -torch.inf)
-    top = _finite(scores.amax(-1, keepdim=True))
-    weight = by_head(x.gate) * (scores - top).exp()
+    top, linear = scores.amax(-1, keepdim=True), torch.zeros_like(scores)
     if x.q_map is not None and x.k_map is not None:
-        linear = x.q_map.to(dtype) @ every_head(x.k_map).mT * _anchored(top, setting)
+        linear = x.q_map.to(dtype) @ every_head(x.k_map).mT
         if x.map_scale is not None:
             linear = linear * by_head(x.map_scale)
         if x.log_decay is not None:
             linear = linear * (by_head(x.log_decay) * distance.clamp(min=0)).exp()
-        weight = weight + linear.masked_fill(~(visible & ~near).unsqueeze(1), 0.0)
+        linear = linear.masked_fill(~(visible & ~near).unsqueeze(1), 0.0)
+    top, anchor = _anchored(top, linear.sum(-1, keepdim=True), setting)
+    weight = by_head(x.gate) * (scores - top).exp() + anchor * linear
     return _ratio(weight @ F.pad(every_head(x.v), (0, 1), value=1.0)).to(x.q.dtype)
 
 
@@ -195,18 +197,16 @@ def _attend(x: Inputs, whole: Sequence, past: Past | None, setting: Setting, chu
         sink_scores = q @ layout.spread(whole.sink_k.to(dtype), heads).unsqueeze(-3).mT
         sink_scores = sink_scores.masked_fill(~blocks.sink_mask(whole, setting), -torch.inf)
         top = torch.maximum(top, sink_scores.amax(-1, keepdim=True))
-    top = _finite(top)
+    local = before = mass = scores.new_zeros(())
+    if x.q_map is not None:
+        local, before = _linear(x, x.q_map, blocks, remote(whole, setting, heads, dtype), linear, past, heads, dynamic)
+        mass = local.sum(-1, keepdim=True) + before[..., -1:]
+    top, anchor = _anchored(top, mass, setting)
     gate = layout.grouped(x.gate.to(dtype).reshape(1, -1, 1, 1, 1), heads)
-    weight = gate * (scores - top).exp()
-    raw = weight.new_zeros(())
+    raw = (gate * (scores - top).exp() + anchor * local) @ blocks.windows(values) + anchor * before
     if setting.sinks:
         sink_v = layout.spread(F.pad(whole.sink_v.to(dtype), (0, 1), value=1.0), heads).unsqueeze(-3)
         raw = raw + (gate * (sink_scores - top).exp()) @ sink_v
-    if x.q_map is not None:
-        local, before = _linear(x, x.q_map, blocks, remote(whole, setting, heads, dtype), linear, past, heads, dynamic)
-        anchor = _anchored(top, setting)
-        weight, raw = weight + anchor * local, raw + anchor * before
-    raw = raw + weight @ blocks.windows(values)
     return layout.join(_ratio(raw), length).flatten(1, 2).to(x.q.dtype).contiguous()
 
 
@@ -240,16 +240,14 @@ def _linear(
     return scores.masked_fill(~mask, 0.0), q @ states[..., :-1, :, :]
 
 
-def _finite(top: Tensor) -> Tensor:
-    """0 for the maximum of no scores."""
-    return torch.where(top == -torch.inf, 0.0, top)
-
-
-def _anchored(top: Tensor, setting: Setting) -> Tensor:
-    """a_n, the factor on the linear terms."""
+def _anchored(top: Tensor, mass: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """c_n from the maxima of the softmax part and the linear masses, both ``[..., 1]``, and the factor a_n."""
     if setting.anchor == "max":
-        return torch.ones_like(top)
-    return (-top).clamp(max=LARGEST_EXPONENT).exp()
+        return torch.where(top == -torch.inf, 0.0, top), torch.ones_like(top)
+    # Only a common factor of the two sums: their ratio does not depend on it, so it carries no gradient.
+    top = torch.maximum(top.detach(), mass.detach().clamp(min=0.0).log())
+    top = torch.where(top == -torch.inf, 0.0, top)
+    return top, (-top).clamp(max=LARGEST_EXPONENT).exp()
 
 
 def _ratio(raw: Tensor) -> Tensor:

@@ -21,6 +21,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of all tensors that are there."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def fresh(x: Tensor) -> Tensor:
+    """A contiguous copy: results of an operator may share memory neither with each other nor with its inputs."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def spread(x: Tensor, heads: int) -> Tensor:
     """``[B, h, ...]`` -> ``[B, heads, 1, ...]``, each of the h heads repeated."""
     return (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)).unsqueeze(2)

@@ -161,8 +161,8 @@ def left_behind(x: Inputs, whole: Sequence, past: Past | None, setting: Setting)
         torch.cat([whole.sink_mapped, whole.mapped[:, :, length:]], dim=2),
         torch.cat([whole.sink_keep, whole.keep[:, length:]], dim=1),
         _seen(x, past),
-        memory[..., :-1].contiguous(),
-        memory[..., -1].contiguous(),
+        layout.fresh(memory[..., :-1]),
+        layout.fresh(memory[..., -1]),
     )
 
 

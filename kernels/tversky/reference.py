@@ -111,6 +111,11 @@ def mirror(z: Tensor) -> Tensor:
     return torch.cat((z, -z), -1)
 
 
+def is_bilinear(intersection: str, difference: str, form: str) -> bool:
+    """Whether the similarity of these names is two matrix products."""
+    return (intersection, difference, form) == ("product", "ignorematch", "contrast")
+
+
 @dataclass(frozen=True)
 class Model:
     """The similarity as a function of scores. Coefficients are ``[]`` or ``[P]`` in the scores' dtype, or None."""
@@ -126,7 +131,7 @@ class Model:
     @property
     def bilinear(self) -> bool:
         """Whether S is linear in U and its gate, so that both branches and all terms are two matrix products."""
-        return (self.intersection, self.difference, self.form) == ("product", "ignorematch", "contrast")
+        return is_bilinear(self.intersection, self.difference, self.form)
 
     def two_products(self, z: Tensor, b: Tensor, negative: Tensor | None) -> Tensor:
         """U (θ V − α (1 − m_V))ᵀ − (1 − m_U) (β V)ᵀ, with V − n V⁻ and m⁻ − n m⁻ for the pair.

@@ -14,7 +14,8 @@ from rewriter.rules import CALIBRATED, Contract, Pass, Rule
 
 _BLOCKS = ("sliding", "terrace")
 _ANCHORS = ("none", "max")
-_GATES = (None, "fixed")
+_GATES = (None, "fixed", "key")
+_RULES = ("additive", "delta")
 _KEEP = ("position", "sensitivity")
 
 
@@ -32,7 +33,11 @@ class LinearAttention(Pass):
         block: ``"sliding"``: exactly the last `window` keys; ``"terrace"``: the own block of `window` positions and
             the one before (LoLCATs).
         sinks: the first keys of a sequence stay softmax for every query.
-        gate: None, or ``"fixed"``: the linear branch decays by e^λ per step, λ ≤ 0 per head (RetNet, Lightning).
+        gate: None; ``"fixed"``: the linear branch decays by e^λ per step, λ ≤ 0 per head (RetNet, Lightning); ``"key"``:
+            per feature and step, by gates taken from the keys without new weights, half and half with the window's
+            softmax (Liger).
+        rule: ``"additive"``, or ``"delta"``: each step corrects what the state holds for its key (DeltaNet; with
+            ``gate="fixed"`` the gated delta rule), half and half with the window's softmax.
         anchor: what the linear terms are measured against. ``"none"``: φ_q·φ_k stands for e^s itself, and both branches
             share one scale; ``"max"``: relative to the window's largest exponential (LoLCATs).
         calibrate: fit maps, scales and decays to calibration data, per head in closed form; sites are kept where
@@ -53,6 +58,7 @@ class LinearAttention(Pass):
     block: str = "sliding"
     sinks: int = 0
     gate: str | None = None
+    rule: str = "additive"
     anchor: str = "none"
     calibrate: bool = True
     keep_softmax_every: int | None = None
@@ -64,6 +70,7 @@ class LinearAttention(Pass):
             ("feature_map", self.feature_map, tuple(MAPS)),
             ("block", self.block, _BLOCKS),
             ("gate", self.gate, _GATES),
+            ("rule", self.rule, _RULES),
             ("anchor", self.anchor, _ANCHORS),
             ("keep", self.keep, _KEEP),
         ):
@@ -72,15 +79,11 @@ class LinearAttention(Pass):
                     f"linear_attention: unknown {option} {value!r}{nearest(str(value), [str(a) for a in allowed])}; "
                     f"one of {', '.join(map(repr, allowed))}"
                 )
-        if self.window is not None and self.window < 1:
-            raise PlanError(f"linear_attention: window={self.window} must be at least 1 key, or None for no window")
-        if self.window is None and (self.sinks or self.block != "sliding" or self.anchor != "none"):
-            raise PlanError("linear_attention: sinks, block and anchor are options of the window, and there is none")
-        if self.sinks < 0:
-            raise PlanError(f"linear_attention: sinks={self.sinks} must be at least 0")
+        self._check_window()
+        self._check_mixture()
         if self.features is not None and (self.features < 1 or self.feature_map != "landmark"):
             raise PlanError("linear_attention: features= counts landmarks, at least 1; other maps have a size of their own")
-        if not self.calibrate and MAPS[self.feature_map].calibrated:
+        if not self._is_mixture and not self.calibrate and MAPS[self.feature_map].calibrated:
             raise PlanError(
                 f"linear_attention: the map {self.feature_map!r} is placed from data; calibrate=False needs another one"
             )
@@ -90,6 +93,29 @@ class LinearAttention(Pass):
             raise PlanError(f"linear_attention: keep_softmax_every={self.keep_softmax_every} must be at least 2")
         if not (self.min_length in (None, "auto") or (isinstance(self.min_length, int) and self.min_length >= 0)):
             raise PlanError(f"linear_attention: min_length={self.min_length!r} must be a length, 'auto' or None")
+
+    @property
+    def _is_mixture(self) -> bool:
+        return self.gate == "key" or self.rule == "delta"
+
+    def _check_window(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise PlanError(f"linear_attention: window={self.window} must be at least 1 key, or None for no window")
+        if self.window is None and (self.sinks or self.block != "sliding" or self.anchor != "none"):
+            raise PlanError("linear_attention: sinks, block and anchor are options of the window, and there is none")
+        if self.sinks < 0:
+            raise PlanError(f"linear_attention: sinks={self.sinks} must be at least 0")
+
+    def _check_mixture(self) -> None:
+        if self.gate == "key" and self.rule == "delta":
+            raise PlanError("linear_attention: gates of the keys belong to the additive rule; delta takes gate='fixed'")
+        if self._is_mixture and self.calibrate:
+            raise PlanError(
+                "linear_attention: key gates and the delta rule have no closed form and start untrained; say so with "
+                "calibrate=False"
+            )
+        if self._is_mixture and (self.anchor != "none" or self.feature_map != "landmark"):
+            raise PlanError("linear_attention: key gates and the delta rule have no feature map and no anchor to choose")
 
     def rules(self) -> tuple[Rule, ...]:
         return (LinearAttentionRule(self),)

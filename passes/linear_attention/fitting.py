@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rewriter.errors import PlanError
 from rewriter.passes.linear_attention import landmarks
+from rewriter.passes.linear_attention.form import Form
 from rewriter.passes.linear_attention.maps import MAPS
 
 QUERIES = 8192  # queries of one head that are looked at; half of them place landmarks, the others choose
@@ -189,17 +190,18 @@ def fit(data: Sequences, shape: Shape, feature_map: str, features: int, generato
     return SiteFit(tensors, _figures(heads, shape))
 
 
-def start(heads: int, key_heads: int, dim: int, shape: Shape, feature_map: str) -> dict[str, Tensor]:
-    """Where a site starts without calibration data: identity maps, the branches on a par, slopes 2^(−8h/H)."""
-    identity = torch.eye(dim)
-    fmap = MAPS[feature_map]
+def start(form: Form, key_heads: int, dim: int) -> dict[str, Tensor]:
+    """Where a site starts without calibration data: identity maps, branches on a par, β = ½, slopes 2^(−8h/H)."""
+    identity, heads = torch.eye(dim), form.heads
+    fmap = MAPS[form.feature_map]
     tensors = {role: identity.expand(heads, dim, dim).clone() for role in fmap.query_roles}
     tensors |= {role: identity.expand(key_heads, dim, dim).clone() for role in fmap.key_roles}
-    if shape.window:
-        tensors["map_scale"] = torch.ones(heads)
-    if shape.decays:
-        tensors["log_decay"] = -(2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads))
-    return tensors
+    return tensors | {
+        "map_scale": torch.ones(heads),
+        "window_share": torch.full((heads,), 0.5),
+        "beta": torch.zeros(key_heads),
+        "log_decay": -(2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)),
+    }
 
 
 def _figures(heads: list[HeadFit], shape: Shape) -> dict[str, float]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from rewriter.kernels.linear_attention import op
 from rewriter.kernels.spec import REGISTRY, Cost
-from rewriter.passes.linear_attention.form import Form
+from rewriter.passes.linear_attention.form import CHUNK, Form
 
 _LARGEST = 1 << 20
 
@@ -72,12 +73,17 @@ def _linear(form: Form, key_heads: int, dim: int, features: int, length: int) ->
         return torch.empty(1, heads, length, width, dtype=dtype, device="meta")
 
     half, wide = torch.float16, torch.float32
-    qkv = described(form.heads, dim, half), described(key_heads, dim, half), described(key_heads, dim, half)
-    maps = described(form.heads, features, wide), described(key_heads, features, wide)
-    per_head = torch.empty(form.heads, device="meta")
-    tensors = {"window_gate": per_head, "map_scale": per_head, "log_decay": per_head}
-    target, arguments = form.arguments(qkv, maps, None, tensors)
-    projections = 2 * length * dim * features * (2 * form.heads + key_heads)
-    return REGISTRY[target].cost(*arguments) + Cost(projections, 0, 0)
+    q, k = described(form.heads, dim, half), described(key_heads, dim, half)
+    q_map, k_map = described(form.heads, features, wide), described(key_heads, features, wide)
+    projections = Cost(2 * length * dim * features * (2 * form.heads + key_heads), 0, 0)
+    rest = (None, None, None, None, 1.0, form.causal, "sum", CHUNK)
+    if not form.window:
+        return projections + REGISTRY[op.linear_attention].cost(q_map, k_map, k, *rest)
+    gate = torch.empty(form.heads, device="meta")
+    options = (form.scale, form.window, form.block, form.sinks, form.anchor, False, CHUNK)
+    if form.is_mixture:
+        near = REGISTRY[op.hybrid_attention].cost(q, k, k, None, None, gate, *(None,) * 10, *options)
+        return near + REGISTRY[op.linear_attention].cost(q, k, k, *rest)
+    return projections + REGISTRY[op.hybrid_attention].cost(q, k, k, q_map, k_map, gate, gate, *(None,) * 9, *options)
 
 

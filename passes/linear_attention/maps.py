@@ -47,7 +47,8 @@ class FeatureMap:
     calibrated: bool = False
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 for float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -59,31 +60,31 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _landmark_query(
     q: Tensor, scale: float, choice: Tensor, choice_bias: Tensor, gain: Tensor, gain_bias: Tensor
 ) -> Tensor:
-    q = _wide(q)
+    q = wide(q)
     near = torch.log_softmax(_affine(q, choice, choice_bias), -1)
     return (near + _affine(q, gain, gain_bias)).clamp(max=LARGEST).exp()
 
 
 def _landmark_key(k: Tensor, scale: float, weight: Tensor, bias: Tensor) -> Tensor:
-    return _affine(_wide(k), weight, bias).clamp(max=LARGEST).exp()
+    return _affine(wide(k), weight, bias).clamp(max=LARGEST).exp()
 
 
 def _hedgehog(x: Tensor, scale: float, weight: Tensor) -> Tensor:
-    x = _wide(x)
+    x = wide(x)
     y = x @ weight.to(x.dtype)
     return torch.cat([torch.softmax(y, -1), torch.softmax(-y, -1)], -1)
 
 
 def _elu(x: Tensor, scale: float) -> Tensor:
-    return F.elu(_wide(x) * scale**0.5) + 1
+    return F.elu(wide(x) * scale**0.5) + 1
 
 
 def _relu(x: Tensor, scale: float) -> Tensor:
-    return F.relu(_wide(x) * scale**0.5)
+    return F.relu(wide(x) * scale**0.5)
 
 
 def _squared_relu(x: Tensor, scale: float) -> Tensor:
-    return F.relu(_wide(x) * scale**0.5).square()
+    return F.relu(wide(x) * scale**0.5).square()
 
 
 MAPS: dict[str, FeatureMap] = {

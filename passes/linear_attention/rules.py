@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,11 +24,10 @@ from rewriter.passes.linear_attention import fitting, modules
 from rewriter.passes.linear_attention.fitting import Sequences, Shape
 from rewriter.passes.linear_attention.form import Form
 from rewriter.passes.linear_attention.gate import pays_from
-from rewriter.passes.linear_attention.maps import MAPS
 from rewriter.program import Program
 from rewriter.rewriting import generator as generator_of
 from rewriter.rules import CALIBRATED, LEARNED, Contract, Kept, Rule, Site, locate, module_path
-from rewriter.views import ATTENTION
+from rewriter.views import ATTENTION, ROTARY
 from rewriter.views.base import with_captures
 
 if TYPE_CHECKING:
@@ -63,6 +61,7 @@ class LinearAttentionRule(Rule):
     def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
         kinds: dict[Node | None, MaskKind] = {}
         found = ATTENTION.find(program)
+        rotated = {rotary.root: rotary["x"] for rotary in ROTARY.find(program)} if self.options.gate == "key" else {}
         calls = Counter(module_path(match.root) for match in found)
         matches = []
         for match in found:
@@ -72,12 +71,16 @@ class LinearAttentionRule(Rule):
                     program.facts, mask, match["mask_form"], match.root
                 )
             kind = kinds[mask]
-            more = {"kind": kind, "padding": kind.padding, "calls": calls[module_path(match.root)]}
-            matches.append(with_captures(match, match.captures | more, match.name))
+            more: dict[str, Any] = {"kind": kind, "padding": kind.padding, "calls": calls[module_path(match.root)]}
+            more["plain_q"], more["plain_k"] = (rotated.get(match[name], match[name]) for name in ("q", "k_base"))
+            matches.append(with_captures(match, {**match.captures, **more}, match.name))
         return matches, [m for m in ATTENTION.explain(program) if m.node is not None]
 
     def refusal(self, program: Program, match: Match) -> str | None:
-        return _form_refusal(program, match) or _mask_refusal(program, match) or self._legality(program, match)
+        reason = _form_refusal(program, match) or _mask_refusal(program, match) or self._legality(program, match)
+        if reason is None and not _is_causal(match) and (self.options.gate or self.options.rule == "delta"):
+            return "is bidirectional, where gates and the delta rule have no order to follow"
+        return reason
 
     def _legality(self, program: Program, match: Match) -> str | None:
         if match["calls"] > 1:
@@ -106,6 +109,7 @@ class LinearAttentionRule(Rule):
         self._keep_short(match, form, data)
         self._keep_some(site, program, statistics)
         choice = dataclasses.asdict(form)
+        choice["rotary"] = match["plain_k"] is not match["k_base"]
         choice["key_heads"], choice["head_dim"] = (int(s) for s in (match["k_base"].meta["val"].shape[i] for i in (1, 3)))
         return choice
 
@@ -114,7 +118,7 @@ class LinearAttentionRule(Rule):
         window = (o.window or 0) if causal else 0
         return Form(
             o.feature_map, float(match["scale"]), window, o.block, o.sinks if window else 0, o.anchor, causal,
-            int(q.shape[1]), o.gate == "fixed" and causal,
+            int(q.shape[1]), o.gate, o.rule,
         )  # fmt: skip
 
     def _keep_short(self, match: Match, form: Form, data: Sequences | None) -> None:
@@ -178,15 +182,11 @@ class LinearAttentionRule(Rule):
     ) -> dict[str, Tensor]:
         form, value = _form_of(choice), site.match["q"].meta["val"]
         if statistics is None or not self.options.calibrate:
-            tensors = fitting.start(
-                form.heads, choice["key_heads"], choice["head_dim"], self._shape(form), form.feature_map
-            )
+            tensors = fitting.start(form, choice["key_heads"], choice["head_dim"])
         else:
             tensors = dict(self._fit(site, statistics, generator).tensors)
         tensors["window_gate"] = torch.ones(form.heads)
-        return {
-            role: nn.Parameter(tensors[role].to(value.device, value.dtype).contiguous()) for role in form.roles
-        }
+        return {role: nn.Parameter(tensors[role].to(value.device, value.dtype).contiguous()) for role in form.roles}
 
     def measure(
         self,
@@ -212,7 +212,7 @@ class LinearAttentionRule(Rule):
         return found
 
     def _shape(self, form: Form) -> Shape:
-        return Shape(form.scale, form.window, form.block, form.sinks, form.causal, form.decays)
+        return Shape(form.scale, form.window, form.block, form.sinks, form.causal, form.gate == "fixed")
 
     def _sequences(self, site: Site, statistics: Statistics) -> Sequences:
         """Calibration sequences without padding. Raises PlanError."""
@@ -237,23 +237,26 @@ class LinearAttentionRule(Rule):
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
     ) -> Mapping[Node, Node]:
         form = _form_of(choice)
-        fmap = MAPS[form.feature_map]
-        q, k, v = match["q"], match["k_base"], match["v_base"]
-        maps = (
-            _inlined(edit, form.query_features, q, *(parameters[r] for r in fmap.query_roles)),
-            _inlined(edit, form.key_features, k, *(parameters[r] for r in fmap.key_roles)),
-        )
-        keep = None if match["padding"] is None else edit.call(aten.ne.Scalar, match["padding"], 0)
-        target, arguments = form.arguments((q, k, v), maps, keep, parameters)
-        out = edit.call(operator.getitem, edit.call(target, *arguments), 0)
-        dtype = match.root.meta["val"].dtype
-        if out.meta["val"].dtype != dtype:
-            out = edit.call(aten.to.dtype, out, dtype)
+        operands = {"q": match["q"], "k": match["k_base"], "v": match["v_base"]}
+        if match["padding"] is not None:
+            operands["keep"] = edit.call(aten.ne.Scalar, match["padding"], 0)
+        if form.gate == "key":
+            operands |= {"plain_q": match["plain_q"], "plain_k": match["plain_k"]}
+        names = (*operands, *form.roles)
+
+        def run(*values: Tensor) -> Tensor:
+            given = dict(zip(names, values, strict=True))
+            plain = (given["plain_q"], given["plain_k"]) if "plain_q" in given else None
+            return form.call(given["q"], given["k"], given["v"], given.get("keep"), given, plain)[0]
+
+        out = _inlined(edit, run, *operands.values(), *(parameters[role] for role in form.roles))
         if match["dropout_p"] > 0:
             out = edit.call(aten.dropout.default, out, match["dropout_p"], True)
         return {match.root: out}
 
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
+        if choice["rotary"] and choice["gate"] == "key":
+            return None  # a model's attention function is given q and k after rotary only
         return modules.LinearAttentionCore(_form_of(choice), tensors)
 
     def attach(self, root: nn.Module, path: str, module: nn.Module) -> bool:

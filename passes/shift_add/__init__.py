@@ -11,6 +11,7 @@ from rewriter.passes.shift_add.apot import Apot
 from rewriter.passes.shift_add.bcq import BCQ, ScaleKind, Uniform
 from rewriter.passes.shift_add.dense import Dense
 from rewriter.passes.shift_add.modes import Mode
+from rewriter.passes.shift_add.pointwise import PointwiseRule
 from rewriter.passes.shift_add.pot import Pot
 from rewriter.passes.shift_add.rules import EmbeddingRule, LinearRule
 from rewriter.registry import nearest, register
@@ -82,7 +83,7 @@ class ShiftAdd(Pass):
         self._check_calibration()
 
     def rules(self) -> tuple[Rule, ...]:
-        return (LinearRule(self), *([EmbeddingRule(self)] if self.embeddings else []))
+        return (LinearRule(self), PointwiseRule(self), *([EmbeddingRule(self)] if self.embeddings else []))
 
     def _check_calibration(self) -> None:
         if not isinstance(self.compensate, bool) and self.compensate != "auto":

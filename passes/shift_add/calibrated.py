@@ -42,7 +42,7 @@ def settle(options: ShiftAdd, kind: str, site: Site, statistics: Statistics | No
     """
     moment = _moment(kind, site, statistics)
     choice: dict[str, Any] = {}
-    if options.awq and kind == "second_moment":
+    if options.awq and kind in ("second_moment", "channel_moment"):
         _demand(moment, "awq=True", site)
         choice["scaled"] = True
     if options.compensate is True:
@@ -53,16 +53,23 @@ def settle(options: ShiftAdd, kind: str, site: Site, statistics: Statistics | No
 
 
 def share_bits(
-    options: ShiftAdd, sites: Sequence[tuple[Site, Tensor]], kind: str, statistics: Statistics | None
+    options: ShiftAdd,
+    mean_bits: float,
+    kind: str,
+    sites: Sequence[tuple[Site, Tensor]],
+    statistics: Statistics | None,
 ) -> list[int]:
-    """Bits of each site (with its weight ``[out, in]``) under ``options.mean_bits``. Raises PlanError without data."""
-    assert options.mean_bits is not None
+    """Bits of each site (given with its weight ``[out, in]``), ``mean_bits`` on average.
+
+    Raises:
+        PlanError: without calibration data of a site.
+    """
     scores = []
     for site, weight in sites:
-        moment = _demand(_moment(kind, site, statistics), f"mean_bits={options.mean_bits:g}", site)
+        moment = _demand(_moment(kind, site, statistics), f"mean_bits={mean_bits:g}", site)
         scores.append(mixed.sensitivity(weight, _metric(options, moment)))
     sizes = [weight.numel() for _, weight in sites]
-    return mixed.allocate(scores, sizes, options.mean_bits, least=options.least_bits)
+    return mixed.allocate(scores, sizes, mean_bits, least=options.least_bits)
 
 
 @dataclass(frozen=True, eq=False)

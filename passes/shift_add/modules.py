@@ -99,6 +99,35 @@ class ShiftAddLinear(_ShiftAddWeight):
         return f"{shape}, {self._describe()}"
 
 
+class ShiftAddPointwise(ShiftAddLinear):
+    """A convolution with kernel 1: ``[n, in, …] -> [n, out, …]``, the linear over channels at every ``stride``-th place.
+
+    Args:
+        codes, bias, input_scale: as for `ShiftAddLinear`, of the weight ``[out, in]``.
+        stride: one step per spatial dimension.
+    """
+
+    def __init__(
+        self,
+        codes: AnyCodes,
+        bias: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        *,
+        stride: tuple[int, ...],
+    ) -> None:
+        super().__init__(codes, bias, input_scale)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x[(..., *(slice(None, None, step) for step in self.stride))]
+        out = super().forward(kept.movedim(1, -1)).movedim(-1, 1)
+        # As a convolution does: in channels-last format only where the input is.
+        return out.contiguous() if x.is_contiguous() else out
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stride={self.stride}"
+
+
 class ShiftAddEmbedding(_ShiftAddWeight):
     """``W[ids]`` with W in packed codes; ``[...] -> [..., embedding_dim]`` in the scales' dtype.
 

@@ -6,21 +6,27 @@ Channels go last for the product and back; with a stride s only the places it ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from rewriter.calibration import Statistics
 from rewriter.editing import Editor
 from rewriter.matcher import Match
 from rewriter.passes.shift_add import calibrated, modules
 from rewriter.passes.shift_add.rules import ShiftAddRule
+from rewriter.program import Program
+from rewriter.rules import Site
 from rewriter.views.base import View
 from rewriter.views.pointwise import POINTWISE
 
 aten = torch.ops.aten
+
+# Means of single places: every stride-th place as it is, in sizes spelled as a convolution spells its own.
+_EVERY = {1: aten.avg_pool1d.default, 2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}
 
 
 class PointwiseRule(ShiftAddRule):
@@ -32,7 +38,9 @@ class PointwiseRule(ShiftAddRule):
     metric: ClassVar[str] = "channel_moment"
     inputs: ClassVar[str] = "channel_moment"
 
-    def settle(self, site: Any, program: Any, statistics: Any, generator: torch.Generator) -> dict[str, Any]:
+    def settle(
+        self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
+    ) -> dict[str, Any]:
         return super().settle(site, program, statistics, generator) | {"stride": list(site.match["stride"])}
 
     def needs(self, match: Match) -> Mapping[str, Node]:
@@ -42,15 +50,16 @@ class PointwiseRule(ShiftAddRule):
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
     ) -> Mapping[Node, Node]:
         x = match["x"]
-        for axis, step in enumerate(choice["stride"]):
-            if step != 1:
-                x = edit.call(aten.slice.Tensor, x, axis + 2, None, None, step)
-        spatial = range(2, 2 + len(choice["stride"]))
+        stride = choice["stride"]
+        if any(step != 1 for step in stride):
+            x = edit.call(_EVERY[len(stride)], x, [1] * len(stride), stride)
+        spatial = range(2, 2 + len(stride))
         rows = edit.call(aten.permute.default, x, [0, *spatial, 1])
         if choice.get("scaled"):
             rows = edit.call(aten.mul.Tensor, rows, parameters[calibrated.INPUT_SCALE])
         operator, arguments = self.layout(choice).linear(rows, parameters, match["bias"])
-        out = edit.call(aten.permute.default, edit.call(operator, *arguments), [0, 1 + len(spatial), *range(1, 1 + len(spatial))])
+        last = len(spatial) + 1
+        out = edit.call(aten.permute.default, edit.call(operator, *arguments), [0, last, *range(1, last)])
         if match.root.meta["val"].is_contiguous():  # a convolution in channels-last format answers in that format
             out = edit.call(aten.contiguous.default, out)
         return {match.root: out}
@@ -60,6 +69,3 @@ class PointwiseRule(ShiftAddRule):
         return modules.ShiftAddPointwise(
             self.layout(choice).codes(tensors), tensors.get("bias"), scale, stride=tuple(choice["stride"])
         )
-
-
-__all__ = ["Callable", "PointwiseRule"]

@@ -33,6 +33,7 @@ class ShiftAddRule(Rule):
     parametric: ClassVar[bool] = True
     view: ClassVar[View]
     metric: ClassVar[str] = ""  # kind of statistics that says what errors of the weight's rows cost
+    inputs: ClassVar[str] = ""  # kind of statistics that is E[x xᵀ] of what the weight multiplies
 
     def __init__(self, options: ShiftAdd) -> None:
         self.options = options
@@ -96,7 +97,7 @@ class ShiftAddRule(Rule):
     ) -> dict[str, float]:
         """Relative errors of the weight and (with calibration) of the outputs, stored bits per weight, energy."""
         weight = as_rows(site.match, before)
-        moment = statistics.get("second_moment", site.paths) if statistics is not None else None
+        moment = statistics.get(self.inputs, site.paths) if statistics is not None and self.inputs else None
         layout = self.layout(choice)
         codes = layout.codes(after)
         scale = after.get(calibrated.INPUT_SCALE)
@@ -115,6 +116,7 @@ class LinearRule(ShiftAddRule):
     role: ClassVar[str] = "linear"
     view: ClassVar[View] = LINEAR
     metric: ClassVar[str] = "second_moment"
+    inputs: ClassVar[str] = "second_moment"
 
     def rewrite(
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
@@ -127,6 +129,21 @@ class LinearRule(ShiftAddRule):
 
     def needs(self, match: Match) -> Mapping[str, Node]:
         return {"second_moment": match["x"]}
+
+    def settle_all(
+        self,
+        sites: Sequence[Site],
+        choices: Sequence[dict[str, Any]],
+        program: Program,
+        statistics: Statistics | None,
+    ) -> Sequence[dict[str, Any]]:
+        """Share out ``mean_bits``."""
+        mean = self.options.mean_bits
+        if mean is None:
+            return choices
+        weights = [(site, as_rows(site.match, program.tensor)) for site in sites]
+        bits = calibrated.share_bits(self.options, mean, self.metric, weights, statistics)
+        return [{**choice, "bits": b} for choice, b in zip(choices, bits, strict=True)]
 
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
         scale = tensors.get(calibrated.INPUT_SCALE)
@@ -159,6 +176,6 @@ class EmbeddingRule(ShiftAddRule):
 
 
 def as_rows(match: Match, read: Callable[[str], Tensor]) -> Tensor:
-    """The weight as [out, in]; transformers' Conv1D stores it the other way round."""
+    """The weight as [out, in]; transformers' Conv1D stores it the other way round, a convolution with its kernel."""
     weight = read(str(match["weight"].target))
-    return weight.t() if match.captures.get("transposed") else weight
+    return weight.t() if match.captures.get("transposed") else weight.flatten(1)

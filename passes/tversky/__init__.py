@@ -59,7 +59,7 @@ class Tversky(Pass):
     features: int | str = "auto"
     init: str = "low_rank"
     share: str | None = None
-    max_error: float = 0.1
+    max_error: float = 0.05
     intersection: str = "product"
     convention: str = "paper"
     difference: str = "ignorematch"

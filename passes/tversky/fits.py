@@ -64,3 +64,14 @@ def chunks(weight: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
 
 def scalar(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def as_stored(values: Tensor, like: Tensor) -> Tensor:
+    """Fitted values in the dtype of ``like``, rounded to fp16 where that costs no more than its last bit.
+
+    A file stores what survives fp16 in two bytes, and a fit is nowhere as exact as that.
+    """
+    exact = values.to(like.device, like.dtype)
+    rounded = values.to(torch.float16).to(exact)
+    fits = bool(rounded.isfinite().all()) and float((rounded - exact).norm()) <= 2.0**-9 * float(exact.norm())
+    return rounded if fits else exact

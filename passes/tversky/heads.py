@@ -32,10 +32,11 @@ from rewriter.kernels.tversky.op import tversky
 from rewriter.matcher import Match, Miss
 from rewriter.passes.fold.linears import works_on_rows
 from rewriter.passes.tversky.fits import Fit, scalar
-from rewriter.passes.tversky.rules import TverskyRule
+from rewriter.passes.tversky.rules import SAVES_NOTHING, TverskyRule
 from rewriter.program import Program
 from rewriter.rules import EXACT, Contract, Site
 from rewriter.views import HEAD, LAYER_NORM, RMS_NORM
+from rewriter.views.linear import features as sizes
 
 aten = torch.ops.aten
 
@@ -67,7 +68,8 @@ class BoundedHeadRule(TverskyRule):
         assert norm is not None  # noqa: S101 - refusal has seen to it
         named = {k: _stored(norm, k) for k in ("weight", "bias")}
         common = super().settle(site, program, statistics, generator)
-        return common | {"norm": named, "unit_offset": bool(norm.captures.get("unit_offset")), "dtype": "float64"}
+        known = {"norm": named, "unit_offset": bool(norm.captures.get("unit_offset")), "saves": SAVES_NOTHING}
+        return common | {"out_features": sizes(program.facts, site.match)[1]} | known
 
     def fit(
         self,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewriter.passes.tversky.fits import Fit, chunks, energy, scalar
+from rewriter.passes.tversky.fits import Fit, as_stored, chunks, energy, scalar
 
 # Directions whose share of λ is below this are rounding.
 _NOTHING = 1e-13
@@ -95,13 +95,12 @@ def scores(layer: Layer, features: Tensor) -> Tensor:
 
 def fit(layer: Layer, features: Tensor) -> Fit:
     """The layer on a bank of features ``[r, d]``, in the weight's dtype."""
-    like = layer.weight
-    prototypes = scores(layer, features).to(like.device, like.dtype)
-    one = scalar(1.0, like)
+    like, one = layer.weight, scalar(1.0, layer.weight)
+    bank = as_stored(features, like)
+    prototypes = as_stored(scores(layer, bank), like)
     return Fit(
-        features=features.to(like.device, like.dtype), prototypes=prototypes, theta=one, alpha=scalar(0.0, like),
-        beta=None, negative=one.clone(),
-    )  # fmt: skip
+        features=bank, prototypes=prototypes, theta=one, alpha=scalar(0.0, like), beta=None, negative=one.clone()
+    )
 
 
 def stored(features: int, outputs: int, inputs: int, layers: int) -> int:

@@ -34,6 +34,8 @@ Read = Callable[[str], Tensor]
 _TENSORS = ("features", "prototypes", "theta", "alpha", "beta", "negative")
 _BUFFERS = ("negative", "neutral")
 
+SAVES_NOTHING = "nothing (the start of training)"  # what the report says of exact starts
+
 
 class TverskyRule(Rule):
     """What all initialisations of a linear layer share: the site, its options, and what stands there afterwards.
@@ -83,13 +85,14 @@ class TverskyRule(Rule):
     def settle(
         self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
     ) -> dict[str, Any]:
-        width, outputs = sizes(program.facts, site.match)
-        return {"in_features": width, "out_features": outputs, "tied": self.keeps_prototypes(site.match)}
+        width, _ = sizes(program.facts, site.match)
+        kept = {"prototypes": str(site.match["weight"].target)} if self.keeps_prototypes(site.match) else {}
+        return {"in_features": width} | kept
 
     # ------------------------------------------------------------------------------------------------- parameters
 
     def roles(self, match: Match, choice: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(t for t in self.terms if not (t == "prototypes" and choice["tied"]))
+        return tuple(t for t in self.terms if not (t == "prototypes" and t in choice))
 
     def initialise(
         self,
@@ -129,7 +132,7 @@ class TverskyRule(Rule):
         self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
     ) -> Mapping[Node, Node]:
         s, p = self.similarity, parameters
-        prototypes = match["weight"] if choice["tied"] else p["prototypes"]
+        prototypes = match["weight"] if "prototypes" in choice else p["prototypes"]
         new = edit.call(
             tversky, match["x"], p["features"], prototypes, p.get("theta"), p.get("alpha"), p.get("beta"),
             p.get("negative"), match["bias"], s.intersection, s.convention, s.difference, s.form, s.mirrored, s.projected,
@@ -137,7 +140,7 @@ class TverskyRule(Rule):
         return {match.root: new}
 
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
-        if choice["tied"]:
+        if "prototypes" in choice:
             return None  # a module of its own cannot read the embedding's weight
         given = {name: tensors.get(name) for name in (*_TENSORS, "bias")}
         features, prototypes = tensors["features"], tensors["prototypes"]
@@ -159,6 +162,11 @@ class SignedPairRule(TverskyRule):
 
     name: ClassVar[str] = "tversky.signed_pair"
     contract: ClassVar[Contract] = EXACT
+
+    def settle(
+        self, site: Site, program: Program, statistics: Statistics | None, generator: torch.Generator
+    ) -> dict[str, Any]:
+        return super().settle(site, program, statistics, generator) | {"saves": SAVES_NOTHING}
 
     def fit(
         self,

@@ -45,6 +45,13 @@ class HeadMetric:
     mean: Tensor | None = None
     probability: Tensor | None = None
 
+    @property
+    def total(self) -> Tensor | None:
+        """S + Σ_i a_i μ_iμ_iᵀ / Σ_i a_i ``[d, d]``, the mean of all tokens' forms: for fits that know one form only."""
+        if self.shared is None or self.mean is None:
+            return self.shared
+        return self.shared + (self.mean * self.weight[:, None]).t() @ self.mean / self.weight.sum()
+
 
 def head_metric(
     metric: str,

@@ -61,14 +61,14 @@ def fit_projected(
             f"vq_logits: rank={rank} for groups of {dims} and a head of width {width}: give {dims} to {width}"
         )
     form = head_metric(metric, weight, head_bias=head_bias, counts=counts, second_moment=second_moment, hidden=hidden)
-    shared = torch.eye(width, device=weight.device) if form.shared is None else form.shared
-    root = torch.linalg.cholesky(shared)
+    identity = torch.eye(width, device=weight.device)
+    root = torch.linalg.cholesky(identity if form.total is None else form.total)
     turned = weight.float() @ root
     basis = _leading(turned, form.weight, rank)
     basis = basis @ _rotation(turned @ basis, form.weight, dims, codes, generator)
     projection = torch.linalg.solve_triangular(root, basis.t(), upper=False, left=False)
     projection = round_to_half(projection.contiguous(), weight.dtype)
-    through = projection @ shared
+    through = projection @ (identity if form.shared is None else form.shared)
     inner = through @ projection.t()
     rows = torch.linalg.solve(inner, through @ weight.float().t()).t().contiguous()
     mean = None if form.mean is None else form.mean @ projection.t()

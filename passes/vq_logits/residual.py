@@ -2,7 +2,7 @@
 """Residual codebooks: a row is a sum of one code from each of S stages, ŵ_i = Σ_s C_s[a_s(i)] (additive quantisation).
 
 Stages are clustered in sequence first, each on what the stages before it left. Then all of them are fitted jointly, in the
-basis where the shared form S of the metric is Euclidean:
+basis where the mean S of all tokens' forms is Euclidean:
 
     codes:     a beam search over stages for each row (Babenko and Lempitsky 2014, "Additive quantization"), kept only
                where it is better than the codes the row has;
@@ -49,7 +49,7 @@ def fit_residual(
     Args:
         weight: the dense head ``[V, d]``, finite and floating.
         stages: S ≥ 1; codes: K ≤ V codes in each stage.
-        counts, second_moment, hidden, metric: see `metric.head_metric`; the token means μ are not used.
+        counts, second_moment, hidden, metric: see `metric.head_metric`.
         head_bias: the dense head's bias ``[V]``, kept as it is.
         sweeps: joint rounds after the stages were clustered in sequence.
         generator: the only source of randomness.
@@ -77,7 +77,8 @@ class ResidualFit:
     """State of the descent: points ``[V, d]`` in the metric's basis, books ``[S, K, d]``, codes int64 ``[V, S]``."""
 
     def __init__(self, weight: Tensor, form: HeadMetric) -> None:
-        self.root = None if form.shared is None else torch.linalg.cholesky(form.shared)  # S = L Lᵀ: ‖eL‖² = e S eᵀ
+        shared = form.total
+        self.root = None if shared is None else torch.linalg.cholesky(shared)  # S = L Lᵀ: ‖eL‖² = e S eᵀ
         self.points = self.points_of(weight.float())
         self.a = form.weight.clamp_min(1e-6)
 
@@ -87,7 +88,7 @@ class ResidualFit:
     def rows(self, points: Tensor) -> Tensor:
         if self.root is None:
             return points
-        return torch.linalg.solve_triangular(self.root, points, upper=False, left=False)
+        return torch.linalg.solve_triangular(self.root, points, upper=False, left=False).contiguous()
 
     def start(self, stages: int, codes: int, generator: torch.Generator) -> None:
         """k-means of each stage on what the stages before it left."""

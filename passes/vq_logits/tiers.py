@@ -14,6 +14,7 @@ floor: H(token | cluster) nats per token, a lower bound on the loss itself, what
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -72,6 +73,8 @@ def fit_tiers(
         return TiersHead(weight.detach().clone(), pack_codes(everyone, v), _copy(head_bias), v)
     form = head_metric(metric, weight, head_bias=head_bias, counts=counts, second_moment=second_moment, hidden=hidden)
     single = _singletons(singletons, codes, v, form.probability, bias)
+    if not bias:
+        form = dataclasses.replace(form, shared=form.total)  # nothing else makes up for an error in a token's mean
     points = _whitened(weight.float(), form)
     order = _by_importance(points, codes, single, form, generator)
     index, codebook = _cluster(weight.float(), points, order, codes, single, form, generator, weight.dtype)

@@ -12,6 +12,7 @@ Each view finds its matches in a program and explains where it nearly matched:
     softmax, log_softmax, cross_entropy, gelu
     glu         act(gate) · up of two linears, or of the halves of one
     rotary      x · cos + rotate(x) · sin
+    pointwise   a convolution with kernel 1: a linear over channels
     router      the linear that chooses among the experts of a mixture
 """
 
@@ -29,6 +30,7 @@ from rewriter.views.glu import GLU
 from rewriter.views.head import HEAD
 from rewriter.views.layer_norm import LAYER_NORM
 from rewriter.views.linear import LINEAR
+from rewriter.views.pointwise import POINTWISE
 from rewriter.views.qkv import QKV
 from rewriter.views.rms_norm import RMS_NORM
 from rewriter.views.rotary import ROTARY
@@ -36,12 +38,12 @@ from rewriter.views.router import ROUTER
 from rewriter.views.softmax import LOG_SOFTMAX, SOFTMAX
 
 __all__ = [
-    "ATTENTION", "CROSS_ENTROPY", "EMBEDDING", "GELU", "GLU", "HEAD", "LAYER_NORM", "LINEAR", "LOG_SOFTMAX", "QKV",
-    "RMS_NORM", "ROTARY", "ROUTER", "SOFTMAX", "VIEWS", "View",
+    "ATTENTION", "CROSS_ENTROPY", "EMBEDDING", "GELU", "GLU", "HEAD", "LAYER_NORM", "LINEAR", "LOG_SOFTMAX", "POINTWISE",
+    "QKV", "RMS_NORM", "ROTARY", "ROUTER", "SOFTMAX", "VIEWS", "View",
 ]  # fmt: skip
 
 _ALL = (
     LINEAR, EMBEDDING, ATTENTION, QKV, HEAD, RMS_NORM, LAYER_NORM, SOFTMAX, LOG_SOFTMAX, CROSS_ENTROPY, GELU, GLU,
-    ROTARY, ROUTER,
+    ROTARY, POINTWISE, ROUTER,
 )  # fmt: skip
 VIEWS: Mapping[str, View] = MappingProxyType({view.name: view for view in _ALL})

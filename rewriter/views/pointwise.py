@@ -30,7 +30,7 @@ CONVOLUTIONS = (
     aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default,
     aten.conv3d.padding,
 )  # fmt: skip
-convolution = Operator("convolution", CONVOLUTIONS, ("x", "weight", "bias", "stride", "padding", "groups"))
+convolution = Operator("convolution", CONVOLUTIONS, ("x", "weight", "bias", "stride", "padding", "dilation", "groups"))
 
 
 def _kernel_is_one(facts: Facts, weight: Any) -> bool:
@@ -39,7 +39,7 @@ def _kernel_is_one(facts: Facts, weight: Any) -> bool:
 
 
 def _nothing(facts: Facts, padding: Any) -> bool:
-    """"same" padding of a kernel of 1 is none either."""
+    """Padding to the "same" size adds nothing either, for a kernel of 1."""
     return padding in ("valid", "same") or not any(padding if isinstance(padding, list | tuple) else [padding])
 
 
@@ -61,6 +61,7 @@ POINTWISE_CONVOLUTION = pattern(
         Optional(Var("bias", (parameter, has_rank(1)))),
         stride=Const("stride"),
         padding=_padding,
+        dilation=Const("dilation"),
         groups=_groups,
     ),
     where=(Predicate("an input with a batch dimension", _batched),),

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import rewriter
+from rewriter import planner
 from rewriter.errors import PlanError
+from rewriter.passes import ShiftAdd
 from rewriter.passes.shift_add import awq, compensate, mixed, modes
 from rewriter.passes.shift_add.bcq import BCQ
 from rewriter.passes.shift_add.hessian import Metric
@@ -270,3 +276,141 @@ def test_loud_layers_are_more_sensitive() -> None:
     quiet, loud = (mixed.sensitivity(weight, Metric.of(second * c)) for c in (1.0, 4.0))
     # S = W / diag(U) grows with the root of the energy; C is of third degree in S.
     assert loud == pytest.approx(8 * quiet)
+
+
+# ---------------------------------------------------------------------------------- the pass
+
+
+class Tiny(nn.Module):
+    """An embedding, two linear layers of different importance, a head too small to be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 24)
+        self.up = nn.Linear(24, 48)
+        self.down = nn.Linear(48, 24, bias=False)
+        with torch.no_grad():
+            self.up.weight[:, :3] *= 0.1
+            self.embed.weight[:, :3] *= 20
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embed(ids)
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+@pytest.fixture(scope="module")
+def data() -> list[Tensor]:
+    return list(torch.randint(0, 50, (16, 20), generator=torch.Generator().manual_seed(3)).split(4))
+
+
+def rewritten(model: nn.Module, data: list[Tensor] | None, **options: object) -> rewriter.Optimized:
+    one = ShiftAdd(group=16, **{"bits": 3, "embeddings": True, **options})  # type: ignore[arg-type]
+    return rewriter.optimize(model, [one], example_inputs=(torch.randint(0, 50, (2, 6)),), calibration=data)
+
+
+def distance(model: nn.Module, other: nn.Module, data: list[Tensor]) -> float:
+    ids = torch.cat(data)
+    with torch.no_grad():
+        return float((model(ids) - other(ids)).norm() / model(ids).norm())
+
+
+def test_data_is_used_where_it_is_given(tiny: nn.Module, data: list[Tensor]) -> None:
+    calibrated, plain = rewritten(tiny, data), rewritten(tiny, data, compensate=False)
+    without = rewritten(tiny, None)
+    assert distance(without, plain, data) == 0
+    for site, before in zip(calibrated.report.sites, plain.report.sites, strict=True):
+        if "output_error" in site.figures:
+            assert site.figures["output_error"] < 0.95 * before.figures["output_error"]
+    assert distance(tiny, calibrated, data) < 0.9 * distance(tiny, plain, data)
+    assert [s.choice.get("compensate") for s in calibrated.plan.sites] == [True] * 3
+    assert not any("compensate" in s.choice for s in (*plain.plan.sites, *without.plan.sites))
+
+
+def test_embeddings_are_rounded_in_the_metric_of_the_outputs(tiny: nn.Module, data: list[Tensor]) -> None:
+    only = {"up": None, "down": None}
+    one = ShiftAdd(bits=2, group=24, embeddings=True)
+    example = (torch.randint(0, 50, (2, 6)),)
+    calibrated = rewriter.optimize(tiny, [one], select=only, example_inputs=example, calibration=data)
+    plain = rewriter.optimize(tiny, [one], select=only, example_inputs=example)
+    assert len(calibrated.plan.sites) == len(plain.plan.sites) == 1
+    assert distance(tiny, calibrated, data) < distance(tiny, plain, data)
+    # further from the weights all the same: the metric is another one
+    errors = [o.report.sites[0].figures["weight_error"] for o in (calibrated, plain)]
+    assert errors[0] > errors[1]
+
+
+@pytest.mark.parametrize("options", [{"compensate": True}, {"awq": True}, {"mean_bits": 3.0}])
+def test_options_that_need_data_say_so(tiny: nn.Module, options: dict[str, object]) -> None:
+    with pytest.raises(PlanError, match=r"shift_add\.\w+ at \w+: .* needs calibration data of this site; give calib"):
+        rewritten(tiny, None, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"compensate": "yes"}, "must be True, False or 'auto'"),
+        ({"damping": -0.1}, "must be 0 to 1"),
+        ({"damping": float("nan")}, "must be 0 to 1"),
+        ({"mean_bits": 0.5}, "must be 1 to 8"),
+        ({"mean_bits": 8.5}, "must be 1 to 8"),
+        ({"mean_bits": 1.5, "mode": "pot"}, "must be 2 to 8 in mode pot"),
+        ({"mean_bits": 4.0, "mode": "pot", "terms": 2}, "contradict"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        ShiftAdd(**options)  # type: ignore[arg-type]
+
+
+def test_scaled_inputs_stay_in_the_model(tiny: nn.Module, data: list[Tensor], tmp_path: Path) -> None:
+    scaled, plain = (rewritten(tiny, data, awq=awq, compensate=False) for awq in (True, False))
+    figures, before = ({s.path: s.figures for s in o.report.sites} for o in (scaled, plain))
+    assert figures["up"]["output_error"] < 0.9 * before["up"]["output_error"]
+    # one fp16 scale per input, over 48 outputs
+    assert figures["up"]["bits"] == pytest.approx(before["up"]["bits"] + 16 / 48)
+    names = dict(scaled.named_buffers())
+    assert any(name.endswith("up.input_scale") for name in names)
+    ids = data[0]
+    torch.testing.assert_close(scaled.to_module()(ids), scaled(ids))
+    scaled.save(tmp_path / "scaled")
+    assert torch.equal(rewriter.load(tmp_path / "scaled")(ids), scaled(ids))
+    half = copy.deepcopy(scaled).bfloat16()
+    assert half(ids).dtype is torch.bfloat16
+    torch.testing.assert_close(half(ids).float(), scaled(ids), rtol=0.05, atol=0.1)
+
+
+def test_both_together_are_better_than_each(tiny: nn.Module, data: list[Tensor]) -> None:
+    errors = {
+        (awq, compensate): rewritten(tiny, data, awq=awq, compensate=compensate).report.sites[1].figures["output_error"]
+        for awq in (True, False)
+        for compensate in (True, False)
+    }
+    assert errors[True, True] < min(errors[True, False], errors[False, True])
+    assert max(errors[True, False], errors[False, True]) < errors[False, False]
+
+
+@pytest.mark.parametrize("mode", ["bcq", "pot"])
+def test_mixed_bits_are_in_the_plan(tiny: nn.Module, data: list[Tensor], mode: str, tmp_path: Path) -> None:
+    opt = rewritten(tiny, data, mean_bits=3.0, mode=mode)
+    bits = {s.address.path: s.choice.get("bits") for s in opt.plan.sites}
+    assert bits["embed"] is None
+    assert sum(b for b in bits.values() if b) <= 6  # of two layers of one size
+    again = planner.Plan.from_json(json.loads(planner.dumps(opt.plan)))
+    assert again == opt.plan
+    assert dict(opt.named_buffers())["up.weight_codes"].numel() == 48 * 24 * bits["up"] // 8
+    opt.save(tmp_path / "mixed")
+    assert torch.equal(rewriter.load(tmp_path / "mixed")(data[0]), opt(data[0]))
+    torch.testing.assert_close(opt.to_module()(data[0]), opt(data[0]))
+
+
+def test_a_plan_with_data_needs_data(tiny: nn.Module, data: list[Tensor]) -> None:
+    opt = rewritten(tiny, data)
+    program = rewriter.capture(tiny, (torch.randint(0, 50, (2, 6)),))
+    with pytest.raises(PlanError, match="statistics"):
+        rewriter.apply(program, opt.plan)
