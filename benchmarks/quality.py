@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import rewriter
 from rewriter import calibration, sizes, store
-from rewriter.passes import Pass
+from rewriter.passes import LinearAttention, Pass, ShiftAdd, Tversky, VQLogits
 
 ROOT = Path(__file__).resolve().parent.parent
 LM = ROOT / "examples" / "tiny_lm"
@@ -59,14 +59,80 @@ class Row:
 
 
 def settings() -> list[Setting]:
-    from rewriter.passes import ShiftAdd, VQLogits
+    return [
+        Setting("exact rewrites only", ("fuse",), calibrated=False),
+        *shift_add(),
+        *tversky(),
+        *attention(),
+        *heads(),
+        all_four(),
+    ]
 
+
+def shift_add() -> list[Setting]:
+    """All linear weights and the embedding; the head stays dense except in the last."""
+    body: dict[str, str | None] = {"lm_head": None}
+    made: list[tuple[str, ShiftAdd]] = [
+        (f"{mode} {bits}", ShiftAdd(mode=mode, bits=bits, embeddings=True))
+        for bits in (4, 3, 2)
+        for mode in ("bcq", "uniform", "pot", "apot", "dense")
+    ]
+    made += [(f"bcq {bits}, fp16 scales", ShiftAdd(bits=bits, scale="fp16", embeddings=True)) for bits in (4, 3, 2)]
+    made += [
+        ("pot 8, two terms", ShiftAdd(mode="pot", bits=8, terms=2, embeddings=True)),
+        ("bcq, 3.5 bits on average", ShiftAdd(mean_bits=3.5, embeddings=True)),
+        ("bcq 4, awq", ShiftAdd(awq=True, embeddings=True)),
+    ]
+    rows = [Setting(f"shift_add {name}", ("fuse", one), body) for name, one in made]
+    plain = [("bcq 4", ShiftAdd(embeddings=True)), ("uniform 4", ShiftAdd(mode="uniform", embeddings=True))]
+    rows += [Setting(f"shift_add {name}, uncalibrated", ("fuse", one), body, calibrated=False) for name, one in plain]
+    return [*rows, Setting("shift_add bcq 4, head too", ("fuse", ShiftAdd(embeddings=True)))]
+
+
+def tversky() -> list[Setting]:
+    outputs: dict[str, str | None] = {"re:.*o_proj": "tversky", "re:.*": None}
     body: dict[str, str | None] = {"lm_head": None}
     return [
-        Setting("none", ("fuse",), calibrated=False),
-        Setting("shift_add bcq 4", (ShiftAdd(),), body, calibrated=False),
-        Setting("vq_logits product 4", (VQLogits(structure="product"),)),
+        Setting("tversky signed pair, all linears", ("fuse", Tversky(init="signed_pair")), body, calibrated=False),
+        Setting("tversky low rank 96, output projections", ("fuse", Tversky(features=96)), outputs),
+        Setting("tversky low rank, error 0.1, body", ("fuse", Tversky()), body),
+        Setting("tversky low rank, error 0.3, body", ("fuse", Tversky(max_error=0.3)), body),
+        Setting("tversky single pass, output projections", ("fuse", Tversky(init="single")), outputs),
     ]
+
+
+def attention() -> list[Setting]:
+    rows = []
+    for length in (256, 1024):
+        for name, one in (
+            ("window 64 + landmarks", LinearAttention(min_length=None)),
+            ("window 64 + landmarks, every 4th softmax", LinearAttention(min_length=None, keep_softmax_every=4)),
+            ("window 64 + hedgehog", LinearAttention(min_length=None, feature_map="hedgehog")),
+            ("landmarks, no window", LinearAttention(min_length=None, window=None)),
+        ):
+            rows.append(Setting(f"linear_attention {name}", ("fuse", one), length=length))
+    return rows
+
+
+def heads() -> list[Setting]:
+    made = [(f"product {dims}", VQLogits(structure="product", dims=dims)) for dims in (3, 4, 6, 8)]
+    made += [
+        ("auto, KL 0.05", VQLogits()),
+        ("product 4, rotated", VQLogits(structure="product", rotate=True)),
+        ("product 6, 128 exact rows", VQLogits(structure="product", dims=6, exact_rows=128)),
+        ("tiers 819", VQLogits(structure="tiers", codes=819)),
+        ("pure 819", VQLogits(structure="pure", codes=819)),
+        ("residual 2 x 1024", VQLogits(structure="residual", codes=1024)),
+        ("low rank 128 + product", VQLogits(structure="lowrank", rank=128)),
+    ]
+    return [Setting(f"vq_logits {name}", ("fuse", one)) for name, one in made]
+
+
+def all_four() -> Setting:
+    passes = (
+        "fuse", VQLogits(structure="product"), LinearAttention(min_length=None), ShiftAdd(embeddings=True), Tversky(features=96),
+    )  # fmt: skip
+    return Setting("all four", passes, {"re:.*o_proj": "tversky"})
 
 
 def measure(model: Any, setting: Setting, tokens: torch.Tensor, data: list[Any]) -> Row:

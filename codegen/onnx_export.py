@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.codegen import onnx_model
+from rewriter.codegen.onnx_functions import CONTRIB
 from rewriter.codegen.onnx_lowering import Traced, trace
-from rewriter.codegen.onnx_operator import DOMAIN, MIN_IR_VERSION, VERSION
+from rewriter.codegen.onnx_operator import CONTRIB_DOMAIN, DOMAIN, MIN_IR_VERSION, VERSION
 from rewriter.errors import ExportError
 from rewriter.files import atomic_file, check_writable
 from rewriter.version import __version__
@@ -68,6 +69,7 @@ def export_program(
     opset: int = DEFAULT_OPSET,
     narrow: bool = True,
     external_data: bool | None = None,
+    contrib: bool = False,
 ) -> ExportResult:
     """Write a graph of the dialect as ONNX.
 
@@ -85,6 +87,8 @@ def export_program(
         narrow: store float tensors whose values all are float16 values as float16, with a cast that a runtime folds.
         external_data: put the weights in ``<path>.data`` beside the file; by default only where one file cannot hold
             them (2 GB).
+        contrib: use operators of ``com.microsoft`` where one means the same. They keep weights packed in memory, and
+            only ONNX Runtime knows them.
 
     Raises:
         ExportError: a version, name or example that cannot be used, an operator without ONNX translation, a model
@@ -93,15 +97,18 @@ def export_program(
     _check_opset(opset)
     target = check_writable(path, ExportError)
     inputs, outputs = _port_names(graph_module.graph, input_names, output_names)
-    traced = trace(graph_module, example, inputs, opset)
+    traced = trace(graph_module, example, inputs, opset, contrib)
     model = _translate(traced, opset, inputs, outputs)
     onnx_model.simplify(model)
+    if contrib:
+        for replace in CONTRIB:
+            replace(model)
     functions = onnx_model.add_functions(model, opset)
     if narrow:
         onnx_model.narrow(model)
     onnx_model.name_axes(model, _axis_symbols(model, traced))
     onnx_model.name_nodes(model)
-    _stamp(model, opset)
+    _stamp(model, opset, contrib)
     external = _is_external(model, external_data)
     size = _write(model, target, external)
     ports = [tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs)]
@@ -182,7 +189,7 @@ def _axis_symbols(model: ir.Model, traced: Traced) -> dict[str, str]:
     return names
 
 
-def _stamp(model: ir.Model, opset: int) -> None:
+def _stamp(model: ir.Model, opset: int, contrib: bool) -> None:
     """Set producer and versions.
 
     Raises:
@@ -194,7 +201,7 @@ def _stamp(model: ir.Model, opset: int) -> None:
             f"torch.onnx could not convert the program to opset {opset} and left it at {stamped}; "
             f"try opset {DEFAULT_OPSET}"
         )
-    foreign = set(model.opset_imports) - {"", DOMAIN}
+    foreign = set(model.opset_imports) - {"", DOMAIN, *([CONTRIB_DOMAIN] if contrib else [])}
     if foreign:
         raise ExportError(f"the program needs operators of {', '.join(sorted(foreign))}, which plain ONNX has not")
     if model.functions:

@@ -12,18 +12,24 @@ the operator's name, a function *overload* (ONNX IR 10): a call with shift and b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import onnx
 import onnx.parser
+import onnx_ir as ir
 
-from rewriter.codegen import onnx_shift_add, onnx_tversky, onnx_vq_logits
+from rewriter.codegen import onnx_after_head, onnx_linear_attention, onnx_shift_add, onnx_tversky, onnx_vq_logits
 from rewriter.codegen.onnx_operator import DOMAIN, SHARED, VERSION
 
-FAMILIES = (onnx_shift_add, onnx_tversky, onnx_vq_logits)
+FAMILIES = (onnx_after_head, onnx_linear_attention, onnx_shift_add, onnx_tversky, onnx_vq_logits)
 OPERATORS = {name: operator for family in FAMILIES for name, operator in family.OPERATORS.items()}
 # A helper calls only those above it.
 _HELPERS = SHARED | {name: text for family in FAMILIES for name, text in family.HELPERS.items()}
+
+# Edits that put ONNX Runtime's own operators in place of some calls; each returns how many it replaced.
+CONTRIB: tuple[Callable[[ir.Model], int], ...] = tuple(
+    edit for family in FAMILIES for edit in getattr(family, "CONTRIB", ())
+)
 
 
 def overload_of(name: str, present: Sequence[bool]) -> str:

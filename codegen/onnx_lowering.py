@@ -27,6 +27,12 @@ from rewriter.kernels.spec import NAMESPACE, REGISTRY
 LOWERINGS: Mapping[str, Callable[..., Tensor]] = {
     f"{NAMESPACE}::{name}": function for family in FAMILIES for name, function in family.LOWERINGS.items()
 }
+# With ``contrib=True`` these come first: nodes of ONNX Runtime's own domain.
+CONTRIB_LOWERINGS: Mapping[str, Callable[..., Any]] = {
+    f"{NAMESPACE}::{name}": function
+    for family in FAMILIES
+    for name, function in getattr(family, "CONTRIB_LOWERINGS", {}).items()
+}
 
 
 # -- attention ---------------------------------------------------------------------------------------------------
@@ -85,22 +91,23 @@ def _attention_by_parts(
     return torch.where((bias > -torch.inf).any(dim=-1, keepdim=True), result, 0.0)
 
 
-def _replacement(target: Any, opset: int) -> Callable[..., Any] | None:
+def _replacement(target: Any, opset: int, contrib: bool) -> Callable[..., Any] | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     if target is _ATTENTION:
         return _attention if opset >= _ATTENTION_OPSET else _attention_by_parts
-    lowering = LOWERINGS.get(target._schema.name)
+    lowerings = {**LOWERINGS, **CONTRIB_LOWERINGS} if contrib else LOWERINGS
+    lowering = lowerings.get(target._schema.name)
     if lowering is None and target in REGISTRY:
         return REGISTRY[target].decomposition or REGISTRY[target].reference
     return lowering
 
 
-def _substitute(graph: fx.Graph, opset: int) -> fx.Graph:
+def _substitute(graph: fx.Graph, opset: int, contrib: bool) -> fx.Graph:
     """A copy of the graph that calls the replacements."""
     copied = copy.deepcopy(graph)
     for node in copied.nodes:
-        replacement = _replacement(node.target, opset) if node.op == "call_function" else None
+        replacement = _replacement(node.target, opset, contrib) if node.op == "call_function" else None
         node.target = node.target if replacement is None else replacement
     return copied
 
@@ -113,13 +120,13 @@ class _Traced(nn.Module):
 
     interpreted: fx.Graph
 
-    def __init__(self, graph_module: fx.GraphModule, opset: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, opset: int, contrib: bool) -> None:
         super().__init__()
-        self.interpreted = _substitute(graph_module.graph, opset)
+        self.interpreted = _substitute(graph_module.graph, opset, contrib)
         for node in graph_module.graph.find_nodes(op="get_attr"):
             name, value = str(node.target), _attribute(graph_module, str(node.target))
             if isinstance(value, fx.GraphModule):
-                self._modules[name] = _lowered_body(value, opset)
+                self._modules[name] = _lowered_body(value, opset, contrib)
             else:
                 # Nothing is trained here, and the choice among attention kernels, whose results differ in their
                 # strides, looks at what might be: it has to be the same in each of the traces to come.
@@ -132,13 +139,13 @@ class _Traced(nn.Module):
             return tuple(fx.Interpreter(self, graph=self.interpreted).run(*flat))
 
 
-def _lowered_body(body: fx.GraphModule, opset: int) -> fx.GraphModule:
+def _lowered_body(body: fx.GraphModule, opset: int, contrib: bool) -> fx.GraphModule:
     """The body of a higher-order operator, bodies within it included."""
-    lowered = fx.GraphModule(body, _substitute(body.graph, opset))
+    lowered = fx.GraphModule(body, _substitute(body.graph, opset, contrib))
     for node in lowered.graph.find_nodes(op="get_attr"):
         nested = _attribute(body, str(node.target))
         if isinstance(nested, fx.GraphModule):
-            setattr(lowered, str(node.target), _lowered_body(nested, opset))
+            setattr(lowered, str(node.target), _lowered_body(nested, opset, contrib))
     return lowered
 
 
@@ -157,7 +164,13 @@ class Traced:
     axes: tuple[Mapping[int, str], ...]
 
 
-def trace(graph_module: fx.GraphModule, example: Sequence[Tensor], input_names: Sequence[str], opset: int) -> Traced:
+def trace(
+    graph_module: fx.GraphModule,
+    example: Sequence[Tensor],
+    input_names: Sequence[str],
+    opset: int,
+    contrib: bool = False,
+) -> Traced:
     """Export the graph again with its rewriter operators lowered; dynamic where its placeholders are symbolic.
 
     Raises:
@@ -172,7 +185,7 @@ def trace(graph_module: fx.GraphModule, example: Sequence[Tensor], input_names: 
     try:
         with torch.inference_mode(False), torch.no_grad():
             program = torch.export.export(
-                _Traced(graph_module, opset),
+                _Traced(graph_module, opset, contrib),
                 _enlarged(example, symbols),
                 dynamic_shapes=(dynamic,),
                 strict=False,

@@ -2,7 +2,8 @@
 """What a family says to put its operators into an ONNX file, and the function bodies that families share.
 
 A family's file ``onnx_<family>.py`` holds OPERATORS (name -> `Operator`), HELPERS (functions its operators call, a
-helper after those it calls itself) and LOWERINGS (the operator of torch -> the symbolic node that stands for it).
+helper after those it calls itself) and LOWERINGS (the operator of torch -> the symbolic node that stands for it). It
+may hold CONTRIB: edits of a model that put ``com.microsoft`` operators in place of its own, for ``contrib=True``.
 `onnx_functions` and `onnx_lowering` put the families together.
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 DOMAIN = "ai.rewriter"
+CONTRIB_DOMAIN = "com.microsoft"  # ONNX Runtime's own operators
 VERSION = 1
 MIN_IR_VERSION = 10  # function overloads
 ONNX_DTYPE = {torch.float32: 1, torch.float16: 10, torch.float64: 11, torch.bfloat16: 16}  # onnx.TensorProto

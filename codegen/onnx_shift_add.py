@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import onnx
 from torch import Tensor
 
+from rewriter.codegen import onnx_matmul_nbits
 from rewriter.codegen.onnx_operator import DOMAIN, ONNX_DTYPE, Operator, apply, compute, numbers, symbolic
 
 # -- decoders ----------------------------------------------------------------------------------------------------
@@ -112,10 +113,41 @@ _POT_DECODE = f"""PotDecode <bits, terms, group, in_features> (codes, scale) => 
     weight = Mul (level, by_weight)
 }}"""
 
+# codes [N, ceil(I·bits/8)], scale [N, G], levels [2^bits] -> w[n, i] = scale[n, i // group] · levels[word], [N, I].
+_LEVEL_DECODE = f"""LevelDecode <bits, group, in_features> (codes, scale, levels) => (weight) {{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    first = Constant <value_ints = [0]> ()
+    second = Constant <value_ints = [1]> ()
+    last = Constant <value_ints = [-1]> ()
+    stored = Constant <value_int: int = @bits> ()
+    per_group = Constant <value_int: int = @group> ()
+    width = Constant <value_int: int = @in_features> ()
+    used = Mul (width, stored)
+    end = Unsqueeze (used, zero)
+    padded = ai.rewriter.UnpackBits (codes)
+    stream = Slice (padded, first, end, second)
+    widths = Unsqueeze (width, zero)
+    places = Unsqueeze (stored, zero)
+    shape = Concat <axis = 0> (first, widths, places)
+    bit = Reshape (stream, shape)
+    digits = Cast <to = {onnx.TensorProto.INT32}> (bit)
+    powers = Constant <value = int32[12] {{{numbers(2**k for k in range(12))}}}> ()
+    place_value = Slice (powers, first, places)
+    products = Mul (digits, place_value)
+    word = ReduceSum <keepdims = 0> (products, last)
+    level = Gather (levels, word)
+    column = Range (zero, width, one)
+    group_of = Div (column, per_group)
+    by_weight = Gather <axis = 1> (scale, group_of)
+    weight = Mul (level, by_weight)
+}}"""
+
 # -- functions ---------------------------------------------------------------------------------------------------
 # Names, not overloads, choose between helpers: ONNX Runtime finds an overload from a graph but not from a function.
 
 _BCQ = "<group: int = @group, in_features: int = @in_features>"
+_LEVEL = "<bits: int = @bits, group: int = @group, in_features: int = @in_features>"
 _POT = "<bits: int = @bits, terms: int = @terms, group: int = @group, in_features: int = @in_features>"
 
 
@@ -164,6 +196,28 @@ def _pot_embedding() -> str:
     row_scale = Gather (scale, row)
     wide = Cast <to: int = @compute> (row_scale)
     weight = ai.rewriter.PotDecode {_POT} (row_codes, wide)
+    y = ai.rewriter.RowsOf <dtype: int = @dtype> (weight, ids)
+}}"""
+
+
+def _level_linear(bias: bool) -> str:
+    return f"""LevelLinear <bits, group, in_features, compute> (x, codes, scale, levels, bias) => (y) {{
+    wide = Cast <to: int = @compute> (scale)
+    table = Cast <to: int = @compute> (levels)
+    weight = ai.rewriter.LevelDecode {_LEVEL} (codes, wide, table)
+    {apply(bias, "y", "x")}
+}}"""
+
+
+def _level_embedding() -> str:
+    return f"""LevelEmbedding <bits, group, in_features, compute, dtype> (ids, codes, scale, levels) => (y) {{
+    last = Constant <value_ints = [-1]> ()
+    row = Reshape (ids, last)
+    row_codes = Gather (codes, row)
+    row_scale = Gather (scale, row)
+    wide = Cast <to: int = @compute> (row_scale)
+    table = Cast <to: int = @compute> (levels)
+    weight = ai.rewriter.LevelDecode {_LEVEL} (row_codes, wide, table)
     y = ai.rewriter.RowsOf <dtype: int = @dtype> (weight, ids)
 }}"""
 
@@ -217,13 +271,46 @@ def pot_embedding(
     return symbolic("PotEmbedding", (ids, codes, scale), attributes, scale.dtype, (*ids.shape, in_features))
 
 
+def level_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    in_features: int,
+) -> Tensor:
+    attributes = {"bits": bits, "group": group, "in_features": in_features, "compute": compute(x, scale, levels)}
+    inputs = (x, codes, scale, levels, bias)
+    return symbolic("LevelLinear", inputs, attributes, x.dtype, (*x.shape[:-1], codes.shape[0]))
+
+
+def level_embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, bits: int, group: int, in_features: int
+) -> Tensor:
+    attributes = {"bits": bits, "group": group, "in_features": in_features}
+    attributes |= {"compute": compute(scale, levels), "dtype": ONNX_DTYPE[scale.dtype]}
+    inputs = (ids, codes, scale, levels)
+    return symbolic("LevelEmbedding", inputs, attributes, scale.dtype, (*ids.shape, in_features))
+
+
 OPERATORS = {
     "BcqLinear": Operator(_bcq_linear, {3: "shift", 4: "bias"}, casts=(2, 4)),
     "BcqEmbedding": Operator(_bcq_embedding, {3: "shift"}, casts=(2,)),
     "PotLinear": Operator(_pot_linear, {3: "bias"}, casts=(2, 3)),
     "PotEmbedding": Operator(_pot_embedding, casts=(2,)),
+    "LevelLinear": Operator(_level_linear, {4: "bias"}, casts=(2, 3, 4)),
+    "LevelEmbedding": Operator(_level_embedding, casts=(2, 3)),
 }
-HELPERS = {"ShiftedScales": _SHIFTED_SCALES, "BcqDecode": _BCQ_DECODE, "PotDecode": _POT_DECODE}
+CONTRIB = (onnx_matmul_nbits.replace,)
+HELPERS = {
+    "ShiftedScales": _SHIFTED_SCALES,
+    "BcqDecode": _BCQ_DECODE,
+    "PotDecode": _POT_DECODE,
+    "LevelDecode": _LEVEL_DECODE,
+}
 LOWERINGS: Mapping[str, Callable[..., Tensor]] = {
-    function.__name__: function for function in (bcq_linear, bcq_embedding, pot_linear, pot_embedding)
+    function.__name__: function
+    for function in (bcq_linear, bcq_embedding, pot_linear, pot_embedding, level_linear, level_embedding)
 }

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from rewriter.codegen.onnx_export import ExportResult
 
 
-def export_onnx(model_or_optimized: nn.Module | Optimized | Program, path: str | Path, opset: int = 24) -> ExportResult:
+def export_onnx(
+    model_or_optimized: nn.Module | Optimized | Program, path: str | Path, opset: int = 24, *, contrib: bool = False
+) -> ExportResult:
     """Write ONNX that plain ONNX Runtime (CPU) runs.
 
     New operators are model-local functions over standard ones; codes stay packed uint8 in the file, floating tensors
@@ -29,6 +31,8 @@ def export_onnx(model_or_optimized: nn.Module | Optimized | Program, path: str |
         model_or_optimized: an :class:`Optimized`, a :class:`Program`, or any module with inferable inputs.
         path: the file; weights above 2 GB go to ``<path>.data`` beside it.
         opset: 20 to 25.
+        contrib: use operators of ``com.microsoft`` where one means the same: weights then stay packed in memory too, and
+            only ONNX Runtime runs the file.
 
     Raises:
         ExportError: an operator without translation, an opset out of range, or an unwritable path.
@@ -44,6 +48,7 @@ def export_onnx(model_or_optimized: nn.Module | Optimized | Program, path: str |
         input_names=program.input_names(),
         output_names=program.output_names(),
         opset=opset,
+        contrib=contrib,
     )
 
 

@@ -303,11 +303,11 @@ class Optimized(nn.Module):
 
         save(self, Path(path))
 
-    def export_onnx(self, path: str | Path, opset: int = 24) -> Any:
+    def export_onnx(self, path: str | Path, opset: int = 24, *, contrib: bool = False) -> Any:
         """Write ONNX that plain ONNX Runtime runs; see :func:`rewriter.export_onnx`."""
         from rewriter.exporting import export_onnx
 
-        return export_onnx(self, path, opset=opset)
+        return export_onnx(self, path, opset=opset, contrib=contrib)
 
     def export_pt2(self, path: str | Path) -> None:
         """Write a ``.pt2`` archive for others. Reading one is trusting its author (it unpickles)."""

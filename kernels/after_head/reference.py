@@ -2,9 +2,13 @@
 """What follows a head in plain aten: softmax, losses and the largest logits, without logits over the vocabulary.
 
 Notation as in ``kernels/vq_logits/reference.py``: l_j = h·C_j, B_j = log Σ_{M(i)=j} exp b_i, logit_i = l_{M(i)} + b_i,
-log Z = log Σ_j exp(l_j + B_j). A loss against weights t_i on the tokens needs their sums per code, T_j = Σ_{M(i)=j} t_i:
+log Z = log Σ_j exp(l_j + B_j). A token's probability has two factors, of which the second knows no context:
 
-    Σ_i t_i (log Z − logit_i) = log Z · Σ_i t_i − Σ_j T_j l_j − Σ_i t_i b_i
+    p(i) = P(M(i)) · P(i | M(i))        log P(j) = l_j + B_j − log Z        log P(i | j) = b_i − B_j
+
+A loss against weights t_i on the tokens needs their sums per code only, T_j = Σ_{M(i)=j} t_i:
+
+    −Σ_i t_i log p(i) = −Σ_j T_j log P(j) − Σ_i t_i log P(i | M(i))
 
 Heads whose tokens have rows of their own (dense, or decoded from product codes) have no such sums; there V is walked in
 chunks, and no more than ``CHUNK`` columns of logits are alive.
@@ -42,28 +46,36 @@ def code_sums(values: Tensor, code: Tensor, codes: int) -> Tensor:
     return sums.t().reshape(*values.shape[:-1], codes)
 
 
-def within_code(code: Tensor, token_bias: Tensor | None, mass: Tensor) -> Tensor:
-    """P(i | M(i)) = exp(b_i − B_{M(i)}), ``[V]``."""
+def log_posteriors(
+    h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log P(j) = l_j + B_j − log Z ``[..., K]``, log P(i | M(i)) = b_i − B_{M(i)} ``[V]``, and M int64 ``[V]``.
+
+    Both are at most 0, so that sums of them lose nothing to cancellation. A code without tokens has log P = 0 here: it
+    is multiplied by 0 wherever it is used.
+    """
+    logits, code = code_logits(h, codebook), unpack_codes(code_of)
+    mass = code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype)
+    by_code = torch.log_softmax(logits + mass, dim=-1)
+    return torch.where(mass > -torch.inf, by_code, 0.0), log_within(code, token_bias, mass), code
+
+
+def log_within(code: Tensor, token_bias: Tensor | None, mass: Tensor) -> Tensor:
+    """log P(i | M(i)) = b_i − B_{M(i)}, ``[V]``."""
     own = mass.index_select(0, code)
-    return (-own if token_bias is None else token_bias.to(mass.dtype) - own).exp()
+    return -own if token_bias is None else token_bias.to(mass.dtype) - own
 
 
 def tiers_log_softmax(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
-    """log p(i) = (l_{M(i)} − log Z) + b_i. h ``[..., d]`` -> ``[..., V]``, at least float32."""
-    logits = code_logits(h, codebook)
-    mass = code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype)
-    log_z = torch.logsumexp(logits + mass, dim=-1, keepdim=True)
-    by_token = (logits - log_z).index_select(-1, unpack_codes(code_of))
-    return by_token if token_bias is None else by_token + token_bias.to(logits.dtype)
+    """log p(i) = log P(M(i)) + log P(i | M(i)). h ``[..., d]`` -> ``[..., V]``, at least float32."""
+    by_code, within, code = log_posteriors(h, codebook, code_of, token_bias)
+    return by_code.index_select(-1, code) + within
 
 
 def tiers_softmax(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
-    """p(i) = softmax_j(l + B)_{M(i)} · exp(b_i − B_{M(i)}). h ``[..., d]`` -> ``[..., V]``, at least float32."""
-    logits = code_logits(h, codebook)
-    code = unpack_codes(code_of)
-    mass = code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype)
-    posterior = torch.softmax(logits + mass, dim=-1)
-    return posterior.index_select(-1, code) * within_code(code, token_bias, mass)
+    """p(i) = P(M(i)) · P(i | M(i)). h ``[..., d]`` -> ``[..., V]``, at least float32."""
+    by_code, within, code = log_posteriors(h, codebook, code_of, token_bias)
+    return by_code.exp().index_select(-1, code) * within.exp()
 
 
 def tiers_cross_entropy(
@@ -76,26 +88,20 @@ def tiers_cross_entropy(
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
-    """(1 − ε) w_y (log Z − logit_y) + ε/V Σ_i w_i (log Z − logit_i), ε the smoothing; 0 where y is ignored.
+    """−(1 − ε) w_y log p(y) − ε/V Σ_i w_i log p(i), ε the smoothing; 0 where y is ignored.
 
     h ``[..., d]``, target int64 ``[...]``, weight ``[V]`` -> ``[...]``, at least float32: ``F.cross_entropy`` unreduced.
     """
-    logits = code_logits(h, codebook)
-    code = unpack_codes(code_of)
-    log_z = torch.logsumexp(logits + code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype), dim=-1)
+    by_code, within, code = log_posteriors(h, codebook, code_of, token_bias)
     counted = target != ignore_index
     token = torch.where(counted, target, 0)
-    logit = logits.gather(-1, F.embedding(token, code.unsqueeze(-1))).squeeze(-1)
-    if token_bias is not None:
-        logit = logit + _of_token(token_bias.to(logits.dtype), token)
-    loss = log_z - logit
+    own = F.embedding(token, code.unsqueeze(-1))
+    loss = -by_code.gather(-1, own).squeeze(-1) - _of_token(within, token)
     if weight is not None:
-        loss = loss * _of_token(weight.to(logits.dtype), token)
+        loss = loss * _of_token(weight.to(loss.dtype), token)
     if label_smoothing:
-        share = _token_weights(weight, code, logits.dtype)
-        everywhere = log_z * share.sum() - logits @ code_sums(share, code, codebook.shape[0])
-        if token_bias is not None:
-            everywhere = everywhere - (share * token_bias.to(logits.dtype)).sum()
+        share = torch.ones_like(within) if weight is None else weight.to(loss.dtype)
+        everywhere = -(by_code @ code_sums(share, code, codebook.shape[0])) - (share * within).sum()
         loss = (1 - label_smoothing) * loss + (label_smoothing / code.shape[0]) * everywhere
     return torch.where(counted, loss, 0.0)
 
@@ -109,16 +115,13 @@ def tiers_soft_cross_entropy(
     weight: Tensor | None,
     label_smoothing: float,
 ) -> Tensor:
-    """Σ_i t_i (log Z − logit_i) with t_i = w_i ((1 − ε) target_i + ε/V).
+    """−Σ_i t_i log p(i) = −Σ_j T_j log P(j) − Σ_i t_i log P(i | M(i)) with t_i = w_i ((1 − ε) target_i + ε/V).
 
     h ``[..., d]``, target probabilities ``[..., V]``, weight ``[V]`` -> ``[...]``, at least float32.
     """
-    logits = code_logits(h, codebook)
-    code = unpack_codes(code_of)
-    log_z = torch.logsumexp(logits + code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype), dim=-1)
-    t = soft_weights(target.to(logits.dtype), weight, label_smoothing)
-    loss = log_z * t.sum(-1) - (code_sums(t, code, codebook.shape[0]) * logits).sum(-1)
-    return loss if token_bias is None else loss - t @ token_bias.to(logits.dtype)
+    by_code, within, code = log_posteriors(h, codebook, code_of, token_bias)
+    t = soft_weights(target.to(by_code.dtype), weight, label_smoothing)
+    return -(code_sums(t, code, codebook.shape[0]) * by_code).sum(-1) - t @ within
 
 
 def soft_weights(target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
@@ -129,44 +132,45 @@ def soft_weights(target: Tensor, weight: Tensor | None, label_smoothing: float) 
 
 
 def tiers_topk(
-    h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, k: int
+    h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, k: int, stable: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The k largest logits and their tokens, largest first, of equals the smaller token first.
 
     Of each code only the k largest biases can be among them, and only of the k codes whose best token is best: k²
     candidates (all V tokens where that is not more). h ``[..., d]`` -> values ``[..., k]`` in h's dtype, tokens int64.
+    ``stable=False`` leaves the order of equals to a sort that is known to keep it (ONNX's, which has no such option).
     """
     tokens, codes = code_of.shape[0], codebook.shape[0]
     if k * min(k, codes) >= tokens:
         logits = tiers_logits(h, codebook, code_of, token_bias)
-        place = largest(logits, torch.arange(tokens, device=h.device), k)
+        place = largest(logits, torch.arange(tokens, device=h.device), k, stable)
         return logits.gather(-1, place), place
     code = unpack_codes(code_of)
     bias = torch.zeros_like(code, dtype=h.dtype) if token_bias is None else token_bias.to(h.dtype)
-    order, first, count = by_code(code, bias, codes)
+    order, first, count = by_code(code, bias, codes, stable)
     best = torch.where(count > 0, order[first.clamp(max=tokens - 1)], tokens)
     top = torch.where(count > 0, bias[best.clamp(max=tokens - 1)], -torch.inf)
     logits = F.linear(h, codebook.to(h.dtype))
-    picked = largest(logits + top, best, min(k, codes))
+    picked = largest(logits + top, best, min(k, codes), stable)
     rank = torch.arange(k, device=h.device)
     exists = rank < count[picked].unsqueeze(-1)
     token = torch.where(exists, order[(first[picked].unsqueeze(-1) + rank).clamp(max=tokens - 1)], _LAST)
     logit = logits.gather(-1, picked).unsqueeze(-1) + bias[torch.where(exists, token, 0)]
     token, logit = token.flatten(-2), torch.where(exists, logit, -torch.inf).flatten(-2)
-    place = largest(logit, token, k)
+    place = largest(logit, token, k, stable)
     return logit.gather(-1, place), token.gather(-1, place)
 
 
-def by_code(code: Tensor, bias: Tensor, codes: int) -> tuple[Tensor, Tensor, Tensor]:
+def by_code(code: Tensor, bias: Tensor, codes: int, stable: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens ordered by code, then largest bias, then number ``[V]``; first position ``[K]`` and number ``[K]`` of each
     code's."""
-    order = torch.sort(bias, descending=True, stable=True).indices
-    order = order[torch.sort(code[order], stable=True).indices]
+    order = _sorted(bias, stable, descending=True)
+    order = order[_sorted(code[order], stable)]
     count = torch.zeros(codes, dtype=torch.int64, device=code.device).index_add(0, code, torch.ones_like(code))
     return order, count.cumsum(0) - count, count
 
 
-def largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
+def largest(values: Tensor, ids: Tensor, k: int, stable: bool = True) -> Tensor:
     """Positions ``[..., k]`` of the k largest values, largest first, of equals the smaller id first.
 
     values ``[..., n]``, ids ``[n]`` or ``[..., n]``.
@@ -177,7 +181,7 @@ def largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
     turn = torch.where(values > threshold, -1, torch.where(values == threshold, ids, _LAST))
     place = turn.topk(k, largest=False).indices
     place = place.gather(-1, ids.gather(-1, place).sort(-1).indices)
-    return place.gather(-1, values.gather(-1, place).sort(dim=-1, descending=True, stable=True).indices)
+    return place.gather(-1, _sorted(values.gather(-1, place), stable, descending=True))
 
 
 # -- heads with a row per token ----------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def linear_logsumexp(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.logsumexp(torch.stack(parts), dim=0)
 
 
-def linear_topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def linear_topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int, stable: bool = True) -> tuple[Tensor, Tensor]:
     """The k largest of h·w_i + b_i and their tokens, chunk by chunk; order, shapes and dtypes as `tiers_topk`."""
     values = h.new_empty((*h.shape[:-1], 0))
     tokens = torch.empty((*h.shape[:-1], 0), dtype=torch.int64, device=h.device)
@@ -197,7 +201,7 @@ def linear_topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple
         logits = row_logits(h, weight, bias, start).to(h.dtype)
         here = torch.arange(start, start + logits.shape[-1], device=h.device).expand(logits.shape)
         values, tokens = torch.cat([values, logits], -1), torch.cat([tokens, here], -1)
-        place = largest(values, tokens, min(k, values.shape[-1]))
+        place = largest(values, tokens, min(k, values.shape[-1]), stable)
         values, tokens = values.gather(-1, place), tokens.gather(-1, place)
     return values, tokens
 
@@ -217,5 +221,8 @@ def _of_token(values: Tensor, token: Tensor) -> Tensor:
     return F.embedding(token, values.unsqueeze(-1)).squeeze(-1)
 
 
-def _token_weights(weight: Tensor | None, code: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ones(code.shape, dtype=dtype, device=code.device) if weight is None else weight.to(dtype)
+def _sorted(values: Tensor, stable: bool, descending: bool = False) -> Tensor:
+    """Positions that sort the last dimension."""
+    if stable:
+        return torch.sort(values, dim=-1, descending=descending, stable=True).indices
+    return torch.sort(values, dim=-1, descending=descending).indices

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.after_head import reference
-from rewriter.kernels.after_head.reference import code_logits, code_sums, soft_weights, within_code
+from rewriter.kernels.after_head.reference import code_logits, code_sums, log_within, soft_weights
 from rewriter.kernels.after_head.shared import (
     Pair,
     check_k,
@@ -59,7 +59,7 @@ def _through(
         grad_logits = grad_logits + posterior
         if grad_bias is not None:
             by_code = posterior.reshape(-1, posterior.shape[-1]).sum(0)
-            grad_bias = grad_bias + by_code.index_select(0, code) * within_code(code, token_bias, mass)
+            grad_bias = grad_bias + by_code.index_select(0, code) * log_within(code, token_bias, mass).exp()
     narrow = grad_logits.to(h.dtype)
     grad_codebook = None
     if ctx.needs_input_grad[1]:

@@ -127,6 +127,6 @@ linear_attention: OpOverload = KernelSpec(
     fake=_additive_fake,
     setup_context=_setup,
     backward=_backward,
-    vmap=batched_by(lambda: linear_attention, frozenset({0, 1, 2, 4, 5, 6})),
+    vmap=batched_by(lambda: linear_attention, frozenset({0, 1, 2, 4, 5, 6}), decay=3),
     cost=_additive_cost,
 ).register()

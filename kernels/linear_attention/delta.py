@@ -174,10 +174,11 @@ def _all_chunks(x: _Operands, length: int, size: int) -> tuple[Tensor, Tensor]:
     new, old = inverse @ (beta * v), inverse @ (beta * k * running.exp())  # what is written: new − old S
     identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     transition, update = _composed(total.exp() * identity - late @ old, late @ new)
-    after = transition @ x.memory.unsqueeze(-3) + update
-    before = torch.cat([x.memory.unsqueeze(-3), after[..., :-1, :, :]], dim=-3)
+    first = x.memory.unsqueeze(-3)
+    states = torch.cat([first, transition @ first + update], dim=-3)
+    before = states[..., :-1, :, :]
     out = (q * running.exp()) @ before + ((q @ k.mT) * pairs) @ (new - old @ before)
-    return layout.join(out, length), after[..., -1, :, :]
+    return layout.join(out, length), states[..., -1, :, :]
 
 
 def _composed(transition: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:

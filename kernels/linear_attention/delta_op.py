@@ -105,7 +105,7 @@ delta_attention: OpOverload = KernelSpec(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
-    vmap=batched_by(lambda: delta_attention, frozenset({0, 1, 2, 3, 5, 6})),
+    vmap=batched_by(lambda: delta_attention, frozenset({0, 1, 2, 3, 5, 6}), decay=4),
     cost=_cost,
     autocast=("q", "k", "v"),
 ).register()

@@ -141,7 +141,7 @@ hybrid_attention: OpOverload = KernelSpec(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
-    vmap=batched_by(lambda: hybrid_attention, frozenset({0, 1, 2, 3, 4, *range(8, 16)})),
+    vmap=batched_by(lambda: hybrid_attention, frozenset({0, 1, 2, 3, 4, *range(8, 16)}), decay=7),
     cost=_cost,
     autocast=("q", "k", "v"),
 ).register()

@@ -97,18 +97,23 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def batched_by(overload: Callable[[], OpOverload], per_row: frozenset[int]) -> Callable[..., tuple[Any, ...]]:
+def batched_by(
+    overload: Callable[[], OpOverload], per_row: frozenset[int], decay: int
+) -> Callable[..., tuple[Any, ...]]:
     """A vmap rule: examples become rows of the batch where only inputs that have a batch are mapped, else one call each.
 
     Args:
         overload: the operator.
         per_row: positions of the inputs whose first dimension is the batch. All results have it too.
+        decay: position of the decay, which has a batch unless it is one number per head.
     """
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, ...]:
         examples = info.batch_size
         moved = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
-        if any(d is not None and i not in per_row for i, d in enumerate(in_dims)):
+        by_step = args[decay] is not None and args[decay].dim() - (in_dims[decay] is not None) > 1
+        in_rows = per_row | {decay} if by_step else per_row
+        if any(d is not None and i not in in_rows for i, d in enumerate(in_dims)):
             calls = [
                 overload()(*(a if d is None else a[n] for a, d in zip(moved, in_dims, strict=True)))
                 for n in range(examples)
@@ -116,7 +121,7 @@ def batched_by(overload: Callable[[], OpOverload], per_row: frozenset[int]) -> C
             results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
             return results, (0,) * len(results)
         rows = [
-            _rows(a, d is not None, examples) if i in per_row and a is not None else a
+            _rows(a, d is not None, examples) if i in in_rows and a is not None else a
             for i, (a, d) in enumerate(zip(moved, in_dims, strict=True))
         ]
         results = tuple(r.unflatten(0, (examples, -1)) for r in overload()(*rows))

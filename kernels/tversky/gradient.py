@@ -36,28 +36,28 @@ class Gradients:
 def branch(model: Model, z: Tensor, b: Tensor, grad: Tensor) -> Gradients:
     """Gradients of S(z, b) for ``grad`` ``[..., P]``; everything in the scores' dtype."""
     common = model.common(z, b)
-    only_a = None if model.alpha is None else model.distinctive(z, b)
-    only_b = None if model.beta is None else model.distinctive(z, b, of_prototype=True)
+    first, second = model.alpha, model.beta
+    only_a = None if first is None else model.distinctive(z, b)
+    only_b = None if second is None else model.distinctive(z, b, of_prototype=True)
     theta = None
     if model.form == "contrast":
         to_common = grad if model.theta is None else grad * model.theta
         theta = None if model.theta is None else grad * common
         to_whole = -grad
     else:
-        first = None if only_a is None else model.alpha * only_a
-        second = None if only_b is None else model.beta * only_b
-        whole = model.denominator(common, first, second)
+        weighted = (None if w is None or only is None else w * only for w, only in ((first, only_a), (second, only_b)))
+        whole = model.denominator(common, *weighted)
         none = empty(whole)
         inverse = torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, whole))
         share = common * inverse
         to_whole = -grad * share * inverse
         to_common = grad * (1.0 - share) * inverse
     u, v = _common(model, z, b, to_common)
-    if only_a is not None:
-        du, dv = _distinctive(model, z, b, to_whole * model.alpha)
+    if first is not None:
+        du, dv = _distinctive(model, z, b, to_whole * first)
         u, v = u + du, v + dv
-    if only_b is not None:
-        du, dv = _distinctive(model, z, b, to_whole * model.beta, of_prototype=True)
+    if second is not None:
+        du, dv = _distinctive(model, z, b, to_whole * second, of_prototype=True)
         u, v = u + du, v + dv
     alpha, beta = (None if only is None else to_whole * only for only in (only_a, only_b))
     return Gradients(u * gate(z), v * gate(b), theta, alpha, beta)

@@ -53,14 +53,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, features, prototypes, theta, alpha, beta, negative, bias = ctx.saved_tensors
-    *names, mirrored, projected = ctx.options
+    names, (mirrored, projected) = ctx.options[:4], ctx.options[4:]
     dtype = reference.compute_dtype(x)
     wide = grad.to(dtype)
     z, b = reference.scores(x, features, prototypes, mirrored, projected, dtype)
-    weights = (None if t is None else t.to(dtype) for t in (theta, alpha, beta))
-    found, to_negative = gradient.with_negative(
-        Model(*weights, *names), z, b, None if negative is None else negative.to(dtype), wide
-    )
+    model = Model.of((theta, alpha, beta), names, dtype)
+    found, to_negative = gradient.with_negative(model, z, b, None if negative is None else negative.to(dtype), wide)
     to_z, to_b = (_unmirror(found.z), _unmirror(found.b)) if mirrored else (found.z, found.b)
     bank, flat = features.to(dtype), to_z.reshape(-1, to_z.shape[-1])
     to_bank = flat.t() @ x.to(dtype).reshape(-1, x.shape[-1])

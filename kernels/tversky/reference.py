@@ -86,8 +86,7 @@ def tversky(
     check_names(intersection, convention, difference, form)
     dtype = compute_dtype(x)
     z, b = scores(x, features, prototypes, mirrored, projected, dtype)
-    weights = (None if t is None else t.to(dtype) for t in (theta, alpha, beta))
-    model = Model(*weights, intersection, convention, difference, form)
+    model = Model.of((theta, alpha, beta), (intersection, convention, difference, form), dtype)
     n = None if negative is None else negative.to(dtype)
     out = model.two_products(z, b, n) if model.bilinear else model.similarity(z, b)
     if n is not None and not model.bilinear:
@@ -127,6 +126,17 @@ class Model:
     convention: str
     difference: str
     form: str
+
+    @classmethod
+    def of(
+        cls,
+        weights: tuple[Tensor | None, Tensor | None, Tensor | None],
+        names: tuple[str, str, str, str],
+        dtype: torch.dtype,
+    ) -> Model:
+        """The model of θ, α, β and the four names, computing in ``dtype``."""
+        theta, alpha, beta = (None if t is None else t.to(dtype) for t in weights)
+        return cls(theta, alpha, beta, *names)
 
     @property
     def bilinear(self) -> bool:

@@ -66,7 +66,7 @@ class LinearAttentionCore(nn.Module):
         """
         if not self.form.causal:
             raise PlanError("only causal attention has a state that tokens are added to")
-        out, *left = self.form.call(q, k, v, keep, dict(self.named_parameters()), state, with_state=True)
+        out, *left = self.form.call(q, k, v, keep, dict(self.named_parameters()), past=state, with_state=True)
         return out, tuple(left)
 
     def extra_repr(self) -> str:

@@ -17,9 +17,10 @@ from rewriter import legality
 from rewriter.calibration import Statistics
 from rewriter.editing import Editor
 from rewriter.errors import PlanError
-from rewriter.facts import same_size
+from rewriter.facts import Facts, same_size
 from rewriter.masks import MaskKind, classify
 from rewriter.matcher import Match, Miss
+from rewriter.operators import ALIAS, CONTIGUOUS, NOOP_CAST, NOOP_SHAPE
 from rewriter.passes.linear_attention import fitting, modules
 from rewriter.passes.linear_attention.fitting import Sequences, Shape
 from rewriter.passes.linear_attention.form import Form
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _CAUSAL = ("causal", "causal+padding")
 _OPEN = ("full", "padding")
+_KEEPING = (NOOP_CAST, CONTIGUOUS, NOOP_SHAPE, ALIAS)
 
 
 class LinearAttentionRule(Rule):
@@ -72,7 +74,8 @@ class LinearAttentionRule(Rule):
                 )
             kind = kinds[mask]
             more: dict[str, Any] = {"kind": kind, "padding": kind.padding, "calls": calls[module_path(match.root)]}
-            more["plain_q"], more["plain_k"] = (rotated.get(match[name], match[name]) for name in ("q", "k_base"))
+            for name, whole in (("plain_q", match["q"]), ("plain_k", match["k_base"])):
+                more[name] = rotated.get(_unchanged(program.facts, whole), whole)
             matches.append(with_captures(match, {**match.captures, **more}, match.name))
         return matches, [m for m in ATTENTION.explain(program) if m.node is not None]
 
@@ -303,6 +306,13 @@ def _mask_refusal(program: Program, match: Match) -> str | None:
 
 def _is_causal(match: Match) -> bool:
     return bool(match["is_causal"]) or match["kind"].kind in _CAUSAL
+
+
+def _unchanged(facts: Facts, node: Node) -> Node:
+    """What the node is but another name of: before copies and slices that keep everything."""
+    while any(node.target in kind.targets and kind.test(facts, node) for kind in _KEEPING):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _form_of(choice: Mapping[str, Any]) -> Form:

@@ -44,7 +44,7 @@ class Tversky(Pass):
         init: ``"low_rank"`` (CALIBRATED): the closest layer with fewer features, smaller than the dense one;
             ``"signed_pair"`` (EXACT): equal to any linear layer, saves nothing, the start of training; ``"sign_codes"``
             (EXACT): for weights that are signs times a magnitude per row or column; ``"bounded_head"`` (EXACT): a head
-            behind a norm as a single pass, in float64; ``"single"`` (LEARNED): one pass, 43 % off until it is trained.
+            behind a norm as a single pass, in float64; ``"single"`` (LEARNED): one pass, a third off until it is trained.
         share: ``"features"``: layers of equal input width have one bank; ``"embeddings"``: the prototypes of a tied
             head stay the token embeddings; None: neither.
         max_error: relative root-mean-square error of a layer's outputs that ``features="auto"`` may make.

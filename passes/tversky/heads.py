@@ -115,6 +115,12 @@ class BoundedHead(nn.Module):
             ``neutral`` ``[2, d + 1]`` (an input, a prototype), and maybe ``bias`` ``[P]``.
     """
 
+    features: nn.Parameter
+    prototypes: nn.Parameter
+    theta: nn.Parameter
+    alpha: nn.Parameter
+    beta: nn.Parameter
+    bias: nn.Parameter | None
     neutral: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -136,17 +136,16 @@ class TverskyProjection(nn.Module):
     def rows(self, start: int, end: int) -> TverskyProjection:
         """The projection onto prototypes ``start`` to ``end - 1`` alone, with tensors of its own."""
 
-        def own(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.detach().clone()
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone()
 
         def part(tensor: Tensor | None) -> Tensor | None:
-            return own(tensor if tensor is None or tensor.dim() == 0 else tensor[start:end])
+            return None if tensor is None else own(tensor if tensor.dim() == 0 else tensor[start:end])
 
-        chosen, bank = part(self.prototypes), own(self.features)
-        coefficients = [part(t) for t in (self.theta, self.alpha, self.beta)]
         return TverskyProjection(
-            bank, chosen, *coefficients, own(self.negative), part(self.bias), similarity=replace(self.similarity)
-        )
+            own(self.features), own(self.prototypes[start:end]), part(self.theta), part(self.alpha), part(self.beta),
+            part(self.negative), part(self.bias), similarity=self.similarity,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{k}={v}" for k, v in asdict(self.similarity).items())

@@ -105,9 +105,10 @@ class TverskyRule(Rule):
         weight = as_rows(site.match, read)
         made = self.fit(weight.detach(), site, read, choice, statistics, generator)
         tensors = {name: getattr(made, name) for name in self.roles(site.match, choice)}
-        trained = {k: nn.Parameter(t, weight.requires_grad) for k, t in tensors.items() if k not in _BUFFERS}
-        trained = {k: self._shared(k, t, site) for k, t in trained.items()}
-        return {k: trained.get(k, t) for k, t in tensors.items()}
+        trained = {
+            k: self._shared(k, nn.Parameter(t, weight.requires_grad)) for k, t in tensors.items() if k not in _BUFFERS
+        }
+        return tensors | trained
 
     def fit(
         self,
@@ -121,7 +122,7 @@ class TverskyRule(Rule):
         """The tensors for a dense weight ``[P, d]``; without values while an exact rule is being planned."""
         raise NotImplementedError
 
-    def _shared(self, role: str, tensor: Tensor, site: Site) -> Tensor:
+    def _shared(self, role: str, tensor: Tensor) -> Tensor:
         """A bank that layers have in common is one parameter under the names of all of them."""
         if role != "features" or self.options.share != "features":
             return tensor
@@ -142,9 +143,11 @@ class TverskyRule(Rule):
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
         if "prototypes" in choice:
             return None  # a module of its own cannot read the embedding's weight
-        given = {name: tensors.get(name) for name in (*_TENSORS, "bias")}
-        features, prototypes = tensors["features"], tensors["prototypes"]
-        return TverskyProjection(**{**given, "features": features, "prototypes": prototypes}, similarity=self.similarity)
+        t = tensors
+        return TverskyProjection(
+            t["features"], t["prototypes"], t.get("theta"), t.get("alpha"), t.get("beta"), t.get("negative"),
+            t.get("bias"), similarity=self.similarity,
+        )  # fmt: skip
 
     def measure(
         self,

@@ -5,11 +5,14 @@ With the product, β = 0 and w = Gπ it is a sum of two-slope units (s = sign w)
 
     S = Σ_k θ|w_k| relu(s_k z_k) − α relu(−s_k z_k),
 
-which is linear only where α = θ|w_k| for every k. No α does that for a general w: the best leaves √(½(1 − 2/π)) = 43 %
-relative output error on Gaussian weights, with α = E|w|. So it must be trained.
+which is linear only where α = θ|w_k| for every k. No α does that for a general w, so it must be trained. On Gaussian
+weights and inputs, with θ = 1:
+
+    one α = E|w| for all prototypes    relative output error √(½(1 − 2/π)) = 43 %
+    each its own α_p = mean|w_p|       √(½(1 − 2/π)(1 − 1/π)) = 35 %: nothing is left that all inputs have in common
 
 θ and α per prototype are the least-squares fit of S to x wᵀ on calibration inputs, or on Gaussian ones where there are
-none; that gives α ≈ E|w| for the product, and a scale for the other intersections.
+none; that is the second line for the product, and gives other intersections their scale.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def head(kind: str) -> nn.Module:
         "product": lambda: ProductHead(product, codes, bias),
         "exact": lambda: ExactHead(product, codes, bias, book[:2], pack_codes(torch.tensor([3, 8]), V)),
         "residual": lambda: ResidualHead(
-            torch.stack([book, book + 1]), pack_codes(torch.randint(0, 7, (V, 2), generator=g), 7), None
+            torch.stack([book, book + 1]), pack_codes(torch.randint(0, 7, (V, 2), generator=g), 7), bias
         ),
     }
     return modules.of(fitted[kind](), D)

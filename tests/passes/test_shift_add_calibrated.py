@@ -83,7 +83,9 @@ def test_singular_moments_and_inputs_that_are_always_zero() -> None:
     weight = gaussian(4, 16)
     fitted = compensate.fit(weight, BCQ(3, "pot"), metric, group=8).decode()
     assert bool(torch.isfinite(fitted).all())
-    assert output_error(weight, fitted, x) <= output_error(weight, modes.fit(weight, BCQ(3, "pot"), group=8).decode(), x)
+    assert output_error(weight, fitted, x) <= output_error(
+        weight, modes.fit(weight, BCQ(3, "pot"), group=8).decode(), x
+    )
     nothing = Metric.of(torch.zeros(16, 16))
     assert bool(torch.isfinite(nothing.factor).all())
 
@@ -111,12 +113,12 @@ def test_a_metric_of_another_width_is_refused() -> None:
 # ---------------------------------------------------------------------------------- laws
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     kind=st.sampled_from(sorted(MODES)),
     seed=SEEDS,
-    width=st.integers(1, 40),
-    group=st.integers(1, 48),
+    width=st.integers(1, 24),
+    group=st.integers(1, 28),
     energy=st.floats(1e-6, 1e6),
     act_order=st.booleans(),
 )
@@ -131,12 +133,12 @@ def test_inputs_alike_and_uncorrelated_leave_plain_rounding(
         assert torch.equal(fitted.tensors()[role], tensor)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     kind=st.sampled_from(sorted(MODES)),
     seed=SEEDS,
-    width=st.integers(2, 40),
-    group=st.integers(1, 48),
+    width=st.integers(2, 24),
+    group=st.integers(1, 28),
     act_order=st.booleans(),
 )
 def test_no_row_gets_worse_than_plainly_rounded_and_none_by_another_visit(
@@ -145,13 +147,13 @@ def test_no_row_gets_worse_than_plainly_rounded_and_none_by_another_visit(
     weight, mode = gaussian(4, width, seed).double(), MODES[kind]
     metric = Metric.of(moment(inputs(3 * width, width, seed)), act_order=act_order)
     fits = [modes.fit(weight, mode, group=group)]
-    fits += [compensate.fit(weight, mode, metric, group=group, visits=v) for v in range(4)]
+    fits += [compensate.fit(weight, mode, metric, group=group, visits=v) for v in range(3)]
     costs = [metric.cost(weight - fitted.decode()) for fitted in fits]
     for before, after in itertools.pairwise(costs):
         assert bool((after <= before * (1 + 1e-9)).all())
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(kind=st.sampled_from(sorted(MODES)), seed=SEEDS, power=st.integers(-6, 6))
 def test_rescaled_inputs_or_weights_change_nothing(kind: str, seed: int, power: int) -> None:
     weight, mode = gaussian(4, 24, seed, torch.float64) * 2.0**40, MODES[kind]
@@ -190,16 +192,16 @@ def test_codes_that_no_single_change_improves() -> None:
 
 
 def test_blocks_and_chunks_of_rows_change_nothing_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, mode = gaussian(12, 70), BCQ(3, "fp16")
+    weight, mode = gaussian(12, 40), BCQ(3, "fp16")
     for act_order, visits in ((False, 0), (True, 2)):
-        metric = Metric.of(moment(inputs(300, 70)), act_order=act_order)
-        whole = compensate.fit(weight, mode, metric, group=32, visits=visits).decode()
+        metric = Metric.of(moment(inputs(300, 40)), act_order=act_order)
+        whole = compensate.fit(weight, mode, metric, group=16, visits=visits).decode()
         assert torch.allclose(
-            compensate.fit(weight, mode, metric, group=32, visits=visits, rows_per_chunk=5).decode(), whole
+            compensate.fit(weight, mode, metric, group=16, visits=visits, rows_per_chunk=5).decode(), whole
         )
         with monkeypatch.context() as patch:
             patch.setattr(compensate, "BLOCK", 7)
-            assert torch.allclose(compensate.fit(weight, mode, metric, group=32, visits=visits).decode(), whole)
+            assert torch.allclose(compensate.fit(weight, mode, metric, group=16, visits=visits).decode(), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -215,8 +217,8 @@ def test_every_dtype_keeps_its_scales(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------------------------- scaled inputs
 
 
-@settings(deadline=None, max_examples=15)
-@given(kind=st.sampled_from(sorted(MODES)), seed=SEEDS, group=st.integers(1, 48))
+@settings(deadline=None, max_examples=6)
+@given(kind=st.sampled_from(sorted(MODES)), seed=SEEDS, group=st.integers(1, 28))
 def test_scaled_inputs_are_powers_of_two_and_never_worse(kind: str, seed: int, group: int) -> None:
     weight, mode, x = gaussian(6, 24, seed), MODES[kind], inputs(100, 24, seed)
     scale = awq.input_scale(weight, mode, moment(x), group=group)
@@ -282,7 +284,7 @@ def test_loud_layers_are_more_sensitive() -> None:
 
 
 class Tiny(nn.Module):
-    """An embedding, two linear layers of different importance, a head too small to be one."""
+    """An embedding and two linear layers, the first with inputs of very different energy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,8 +296,8 @@ class Tiny(nn.Module):
             self.embed.weight[:, :3] *= 20
 
     def forward(self, ids: Tensor) -> Tensor:
-        x: Tensor = self.embed(ids)
-        return x + self.down(torch.relu(self.up(x)))
+        y: Tensor = self.down(torch.relu(self.up(self.embed(ids))))
+        return y
 
 
 @pytest.fixture(scope="module")
@@ -334,15 +336,12 @@ def test_data_is_used_where_it_is_given(tiny: nn.Module, data: list[Tensor]) -> 
 
 def test_embeddings_are_rounded_in_the_metric_of_the_outputs(tiny: nn.Module, data: list[Tensor]) -> None:
     only = {"up": None, "down": None}
-    one = ShiftAdd(bits=2, group=24, embeddings=True)
+    one = ShiftAdd(bits=4, group=8, embeddings=True)
     example = (torch.randint(0, 50, (2, 6)),)
     calibrated = rewriter.optimize(tiny, [one], select=only, example_inputs=example, calibration=data)
     plain = rewriter.optimize(tiny, [one], select=only, example_inputs=example)
     assert len(calibrated.plan.sites) == len(plain.plan.sites) == 1
-    assert distance(tiny, calibrated, data) < distance(tiny, plain, data)
-    # further from the weights all the same: the metric is another one
-    errors = [o.report.sites[0].figures["weight_error"] for o in (calibrated, plain)]
-    assert errors[0] > errors[1]
+    assert distance(tiny, calibrated, data) < 0.9 * distance(tiny, plain, data)
 
 
 @pytest.mark.parametrize("options", [{"compensate": True}, {"awq": True}, {"mean_bits": 3.0}])
@@ -370,7 +369,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, object], mess
 
 def test_scaled_inputs_stay_in_the_model(tiny: nn.Module, data: list[Tensor], tmp_path: Path) -> None:
     scaled, plain = (rewritten(tiny, data, awq=awq, compensate=False) for awq in (True, False))
-    figures, before = ({s.path: s.figures for s in o.report.sites} for o in (scaled, plain))
+    figures, before = ({s.paths[0]: s.figures for s in o.report.sites} for o in (scaled, plain))
     assert figures["up"]["output_error"] < 0.9 * before["up"]["output_error"]
     # one fp16 scale per input, over 48 outputs
     assert figures["up"]["bits"] == pytest.approx(before["up"]["bits"] + 16 / 48)
@@ -386,13 +385,12 @@ def test_scaled_inputs_stay_in_the_model(tiny: nn.Module, data: list[Tensor], tm
 
 
 def test_both_together_are_better_than_each(tiny: nn.Module, data: list[Tensor]) -> None:
-    errors = {
-        (awq, compensate): rewritten(tiny, data, awq=awq, compensate=compensate).report.sites[1].figures["output_error"]
-        for awq in (True, False)
-        for compensate in (True, False)
-    }
-    assert errors[True, True] < min(errors[True, False], errors[False, True])
-    assert max(errors[True, False], errors[False, True]) < errors[False, False]
+    def error(awq: bool, compensate: bool) -> float:
+        opt = rewritten(tiny, data, awq=awq, compensate=compensate, embeddings=False)
+        return next(s.figures["output_error"] for s in opt.report.sites if s.paths[0] == "up")
+
+    assert error(True, True) < min(error(True, False), error(False, True))
+    assert max(error(True, False), error(False, True)) < error(False, False)
 
 
 @pytest.mark.parametrize("mode", ["bcq", "pot"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,7 @@ def test_error_falls_with_features_and_is_the_one_that_was_asked_for() -> None:
         opt = optimised(model, Tversky(features=count), calibration=statistics, select={"re:(down|head)": None})
         figures = opt.report.sites[0].figures
         up = opt.to_module().get_submodule("up")
-        measured = float(((up(x) - up.bias) - dense).norm() / dense.norm())
+        measured = float(((up(x) - up.bias) - dense).detach().norm() / dense.norm())
         assert figures["output_error"] == pytest.approx(measured, rel=1e-3)
         errors.append(measured)
     assert errors == sorted(errors, reverse=True)
@@ -237,7 +238,7 @@ def test_the_whitened_fit_beats_the_plain_one_on_its_own_inputs() -> None:
     with_data = optimised(model, Tversky(features=3), calibration=calibration(), select={"re:(down|head)": None})
     without = optimised(model, Tversky(features=3), select={"re:(down|head)": None})
     dense = model(tokens(9))
-    lost = [float((opt(tokens(9)) - dense).norm()) for opt in (with_data, without)]
+    lost = [float((opt(tokens(9)) - dense).detach().norm()) for opt in (with_data, without)]
     assert lost[0] < 0.8 * lost[1]
 
 
@@ -300,10 +301,10 @@ def single_error(one: Tversky) -> float:
 
 @pytest.mark.parametrize("intersection", ["product", "min", "gmean", "mean", "max", "softmin"])
 def test_a_single_pass_starts_near_the_layer(intersection: str) -> None:
-    """43 % with the product, which no coefficient improves; better than nothing with every other one."""
+    """35 % with the product and a coefficient per prototype; better than nothing with every other one."""
     error = single_error(Tversky(init="single", intersection=intersection))
     if intersection == "product":
-        assert error == pytest.approx(0.426, abs=0.02)
+        assert error == pytest.approx(math.sqrt((1 - 2 / math.pi) * (1 - 1 / math.pi) / 2), abs=0.02)
     assert error < 0.9
 
 
@@ -319,7 +320,7 @@ def test_a_ratio_starts_as_the_authors_do() -> None:
 
 
 def test_a_single_pass_learns() -> None:
-    """A few steps of distillation halve the squared error of one layer."""
+    """Sixty steps of distillation take a third off the squared error of one layer."""
     layer, g = wide(), torch.Generator().manual_seed(3)
     with pytest.warns(UntrainedWarning):
         opt = rewriter.optimize(layer, [Tversky(init="single")], (torch.randn(4, 64, generator=g),))
@@ -332,7 +333,7 @@ def test_a_single_pass_learns() -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert sum(losses[-5:]) < 2 / 3 * sum(losses[:5])
 
 
 # ---------------------------------------------------------------------------- files, modules, dtypes, other passes
