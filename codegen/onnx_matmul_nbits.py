@@ -61,7 +61,7 @@ class _Site:
     @classmethod
     def of(cls, node: ir.Node) -> _Site | None:
         """The site, or None where its grid, its shape or its dtype has no such node."""
-        x, codes, scale, shift = node.inputs[:4]
+        x, codes, scale, shift = (*node.inputs, None)[:4]  # bases with scales of their own have no shift
         if x is None or codes is None or scale is None or shift is None or x.dtype not in _FLOATS:
             return None
         stored = [value.const_value for value in (codes, scale, shift)]

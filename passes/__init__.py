@@ -8,6 +8,7 @@ from rewriter.passes.canonical import Canonical
 from rewriter.passes.fold import Fold
 from rewriter.passes.fuse import Fuse
 from rewriter.passes.linear_attention import LinearAttention
+from rewriter.passes.puma import Puma
 from rewriter.passes.shift_add import ShiftAdd
 from rewriter.passes.shift_add.additive import ShiftAttention
 from rewriter.passes.shift_add.experts import ShiftExperts
@@ -24,6 +25,7 @@ __all__ = [
     "Fuse",
     "LinearAttention",
     "Pass",
+    "Puma",
     "ShiftAdd",
     "ShiftAttention",
     "ShiftExperts",

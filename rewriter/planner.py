@@ -250,8 +250,9 @@ def _take(
         owner |= dict.fromkeys(site.roots, candidate)
     for _, rule in rules:
         together = [c for c in candidates if c[1] is rule and id(c) in choices]
-        settled = [choices[id(c)] for c in together]
-        settled = rule.settle_all([c[2] for c in together], settled, program, statistics) if together else []
+        if not together:
+            continue
+        settled = rule.settle_all([c[2] for c in together], [choices[id(c)] for c in together], program, statistics)
         choices |= {id(c): dict(choice) for c, choice in zip(together, settled, strict=True)}
     taken = []
     for candidate in candidates:

@@ -205,6 +205,10 @@ class Rule(ABC):
         """Figures for the report, computed from the tensors at hand."""
         return {}
 
+    def borrows(self, choice: Mapping[str, Any]) -> Mapping[str, str]:
+        """Tensors of other modules that the site computes with, role -> name: :meth:`module` is given them too."""
+        return {}
+
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
         """The site as a module to stand in the user's class, or None where it cannot."""
         return None

@@ -78,7 +78,7 @@ def linear_cross_entropy(
     if smooth is not None:
         rest = (log_z * which.weights.sum() - smooth) / weight.shape[0]
         loss = (1.0 - label_smoothing) * loss + label_smoothing * rest
-    return torch.where(which.counted, loss, 0.0), log_z
+    return torch.where(which.counted, loss, 0.0).contiguous(), log_z.contiguous()
 
 
 def chunks(

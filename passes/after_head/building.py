@@ -32,34 +32,35 @@ def build(edit: Editor, head: Any, h: Node, tensors: Sequence[Node | None], foll
         tensors: the other arguments of the operator.
         follower: what to replace.
     """
-    x = _rows(edit, h, follower.way)
+    x = move_rows(edit, h, follower.way)
     if head is heads.vq_logits_tiers:
         return _TIERS[follower.kind](edit, x, tuple(tensors), follower)
     return _DECODED[follower.kind](edit, x, decoded(edit, head, h, tensors), follower)
 
 
-def _rows(edit: Editor, h: Node, way: Sequence[Node]) -> Node:
-    """What happened to the rows of the logits, done to those of ``h``."""
+def move_rows(edit: Editor, h: Node, way: Sequence[Node]) -> Node:
+    """What happened to the rows of the logits on the way to a follower, done to those of ``h``."""
     facts, x = edit.program.facts, h
-    width = h.meta["val"].shape[-1]
+    width = int(h.meta["val"].shape[-1])
     for node in way:
-        name, arguments = base_name(node.target), facts.arguments(node)
+        target: Any = node.target
+        name, arguments = base_name(target), facts.arguments(node)
         rank = len(x.meta["val"].shape)
         match name:
             case "view" | "reshape" | "_unsafe_view":
                 shape = arguments["size"] if "size" in arguments else arguments["shape"]
                 x = edit.call(aten.reshape.default, x, [*shape[:-1], width])
             case "flatten":
-                x = edit.call(node.target, x, arguments["start_dim"], arguments["end_dim"])
+                x = edit.call(target, x, arguments["start_dim"], arguments["end_dim"])
             case "unsqueeze":
-                x = edit.call(node.target, x, arguments["dim"] % (rank + 1))
+                x = edit.call(target, x, arguments["dim"] % (rank + 1))
             case "squeeze":
-                x = edit.call(node.target, x, arguments["dim"] % rank)
+                x = edit.call(target, x, arguments["dim"] % rank)
             case "slice":
                 ends = arguments["start"], arguments["end"], arguments["step"]
-                x = edit.call(node.target, x, arguments["dim"] % rank, *ends)
+                x = edit.call(target, x, arguments["dim"] % rank, *ends)
             case "select":
-                x = edit.call(node.target, x, arguments["dim"] % rank, arguments["index"])
+                x = edit.call(target, x, arguments["dim"] % rank, arguments["index"])
     return x  # casts, copies, and classes moved to where a loss wants them: nothing to do
 
 
@@ -77,7 +78,7 @@ def _tiers_loss(edit: Editor, x: Node, tensors: tuple[Node | None, ...], followe
         loss = edit.call(heads.vq_tiers_nll, x, *tensors, target)
     else:
         loss = edit.call(after.vq_tiers_cross_entropy, x, *tensors, target, weight, smoothing, ignored)
-    return _reduced(edit, loss, follower)
+    return reduced(edit, loss, follower)
 
 
 def _row_loss(edit: Editor, x: Node, tensors: tuple[Node | None, ...], follower: Follower) -> Mapping[Node, Node]:
@@ -92,10 +93,10 @@ def _row_loss(edit: Editor, x: Node, tensors: tuple[Node | None, ...], follower:
     if bias is not None:
         logit = edit.call(aten.add.Tensor, logit, _of_token(edit, bias, token, wide))
     loss = edit.call(aten.sub.Tensor, log_z, logit)
-    return _reduced(edit, edit.call(aten.where.ScalarOther, counted, loss, 0.0), follower)
+    return reduced(edit, edit.call(aten.where.ScalarOther, counted, loss, 0.0), follower)
 
 
-def _reduced(edit: Editor, loss: Node, follower: Follower) -> Mapping[Node, Node]:
+def reduced(edit: Editor, loss: Node, follower: Follower) -> Mapping[Node, Node]:
     c, root = follower.captures, follower.roots[0]
     if c["reduction"] == "sum":
         loss = edit.call(aten.sum.default, loss)

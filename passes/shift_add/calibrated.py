@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rewriter.passes.shift_add import ShiftAdd
 
 INPUT_SCALE = "input_scale"
+_OF_INPUTS = frozenset({"second_moment", "channel_moment"})
 
 
 def settle(options: ShiftAdd, kind: str, site: Site, statistics: Statistics | None) -> dict[str, Any]:

@@ -101,6 +101,11 @@ class Tversky(Pass):
                     )
         if self.share is not None and self.init in ("sign_codes", "bounded_head"):
             raise PlanError(f'tversky: share="{self.share}" is for signed_pair, low_rank and single, not for {self.init}')
+        if self.share == "features" and self.init == "single" and self.features != "auto":
+            raise PlanError(
+                'tversky: init="single" with fewer features takes them from each weight alone; '
+                'share="features" needs features="auto" there'
+            )
         if self.share == "embeddings" and self.init == "low_rank":
             raise PlanError(
                 'tversky: share="embeddings" keeps the dense prototypes, low_rank replaces them by their scores; '

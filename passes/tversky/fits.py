@@ -41,7 +41,7 @@ def output_error(weight: Tensor, features: Tensor, prototypes: Tensor, moment: T
         moment: Σ ``[d, d]``; None is the identity, and the result then the relative error of the weight.
     """
     bank = features.double()
-    wide = None if moment is None else moment.double()
+    wide = None if moment is None else moment.double().to(weight.device)
     lost = total = 0.0
     for rows, scores in zip(chunks(weight), chunks(prototypes, weight.shape[1]), strict=True):
         dense = rows.double()

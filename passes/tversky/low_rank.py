@@ -56,7 +56,7 @@ def directions(layers: Sequence[Layer]) -> Directions:
     """The directions of one layer, or those that several layers on one bank have in common."""
     width = layers[0].weight.shape[1]
     moments = [layer.moment for layer in layers]
-    known = [m.double() for m in moments if m is not None]
+    known = [m.double().cpu() for m in moments if m is not None]
     shared = torch.eye(width, dtype=torch.float64) if not known else sum(known[1:], known[0]) / len(known)
     gram = torch.zeros(width, width, dtype=torch.float64)
     for layer in layers:

@@ -140,9 +140,10 @@ class TverskyRule(Rule):
         )  # fmt: skip
         return {match.root: new}
 
+    def borrows(self, choice: Mapping[str, Any]) -> Mapping[str, str]:
+        return {k: choice[k] for k in ("prototypes",) if k in choice}
+
     def module(self, tensors: Mapping[str, Tensor], original: nn.Module, choice: Mapping[str, Any]) -> nn.Module | None:
-        if "prototypes" in choice:
-            return None  # a module of its own cannot read the embedding's weight
         t = tensors
         return TverskyProjection(
             t["features"], t["prototypes"], t.get("theta"), t.get("alpha"), t.get("beta"), t.get("negative"),
@@ -272,13 +273,14 @@ class LowRankRule(TverskyRule):
         return {"features": count, "bank": group}
 
     def _group(self, site: Site, program: Program) -> list[dict[str, Any]]:
-        """The layers that share a bank with this one: all of the same input width that the rule may take."""
+        """This layer and those that share a bank with it: all of its input width that the rule may take."""
         width = sizes(program.facts, site.match)[0]
-        matches = [
+        others = [
             m for m in self.matches(program)
             if sizes(program.facts, m)[0] == width and self.refusal(program, m) is None
             and not isinstance(program.tensor(str(m["weight"].target)), FakeTensor)
         ]  # fmt: skip
+        matches = others if any(m.root is site.match.root for m in others) else [site.match, *others]
         described = (_described(m, m.paths) for m in matches)
         return list({one["weight"]: one for one in described}.values())
 
@@ -291,10 +293,10 @@ class LowRankRule(TverskyRule):
         statistics: Statistics | None,
         generator: torch.Generator,
     ) -> Fit:
-        key = tuple(one["weight"] for one in choice["bank"])
-        if key not in self._banks:  # the next layers of a shared bank find it here: this one's weight will be gone
-            found = low_rank.directions(_layers(choice["bank"], read, statistics))
-            self._banks[key] = found.features
+        # The first layer of a shared bank makes it; the next ones find it here, when the first one's weight is gone.
+        key = choice["in_features"] if self.options.share == "features" else str(site.address)
+        if key not in self._banks:
+            self._banks[key] = low_rank.directions(_layers(choice["bank"], read, statistics)).features
         moment = statistics.get("second_moment", site.paths) if statistics is not None else None
         return low_rank.fit(low_rank.Layer(weight, moment), self._banks[key][: choice["features"]])
 

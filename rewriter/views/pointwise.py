@@ -64,7 +64,7 @@ POINTWISE_CONVOLUTION = pattern(
         dilation=Const("dilation"),
         groups=_groups,
     ),
-    where=(Predicate("an input with a batch dimension", _batched, "the input has no batch dimension"),),
+    where=(Predicate("an input with a batch dimension", _batched),),
 )
 
 

@@ -80,6 +80,27 @@ class PotEmbedding(PotLinear):
         return ops.pot_embedding(ids, self.weight_codes, self.weight_scale, *self.layout)
 
 
+class LevelLinear(nn.Module):
+    def __init__(self, inputs: int, outputs: int, bits: int = 3, group: int = 16, *, bias: bool = True) -> None:
+        super().__init__()
+        self.layout = (bits, group, inputs)
+        self.register_buffer("weight_codes", pack_stream(torch.randint(0, 1 << bits, (outputs, inputs)), bits))
+        self.weight_scale = nn.Parameter(half_values(outputs, ceil_div(inputs, group)))
+        self.register_buffer("weight_levels", torch.randn(1 << bits))
+        self.bias = nn.Parameter(torch.randn(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.level_linear(x, self.weight_codes, self.weight_scale, self.weight_levels, self.bias, *self.layout)
+
+
+class LevelEmbedding(LevelLinear):
+    def __init__(self, width: int, rows: int, bits: int = 3, group: int = 16) -> None:
+        super().__init__(width, rows, bits, group, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.level_embedding(ids, self.weight_codes, self.weight_scale, self.weight_levels, *self.layout)
+
+
 class TiersHead(nn.Module):
     def __init__(self, width: int, tokens: int, codes: int, *, bias: bool = True) -> None:
         super().__init__()

@@ -15,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_sites import (
     BcqEmbedding,
     BcqLinear,
+    LevelEmbedding,
+    LevelLinear,
     PotEmbedding,
     PotLinear,
     ProductHead,
@@ -88,6 +90,19 @@ def pot_embedding(m: PotEmbedding) -> Call:
     return Call("PotEmbedding", m, ("weight_codes", "weight_scale"), _pot(m) | {"dtype": FLOAT})
 
 
+def _level(m: LevelLinear) -> dict[str, int]:
+    return dict(zip(("bits", "group", "in_features"), m.layout, strict=True)) | {"compute": FLOAT}
+
+
+def level_linear(m: LevelLinear) -> Call:
+    return Call("LevelLinear", m, ("weight_codes", "weight_scale", "weight_levels", "bias"), _level(m))
+
+
+def level_embedding(m: LevelEmbedding) -> Call:
+    stored = ("weight_codes", "weight_scale", "weight_levels")
+    return Call("LevelEmbedding", m, stored, _level(m) | {"dtype": FLOAT})
+
+
 def tiers(m: TiersHead) -> Call:
     return Call("VqLogitsTiers", m, ("codebook", "code_of", "token_bias"), {})
 
@@ -152,6 +167,23 @@ def test_pot_linear(inputs: int, outputs: int, field: tuple[int, int], group: in
 
 
 @law
+@given(inputs=small, outputs=st.integers(1, 9), bits=st.integers(1, 12), group=small, bias=st.booleans(), seed=seeds)
+def test_level_linear(inputs: int, outputs: int, bits: int, group: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    module = LevelLinear(inputs, outputs, bits, group, bias=bias)
+    x = torch.randn(2, 3, inputs)
+    check(level_linear(module), x, x[0], x[:0], x[:, :1])
+
+
+@law
+@given(width=small, rows=st.integers(1, 9), bits=st.integers(1, 12), group=small, seed=seeds)
+def test_level_embedding(width: int, rows: int, bits: int, group: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    ids = torch.randint(0, rows, (2, 3))
+    check(level_embedding(LevelEmbedding(width, rows, bits, group)), ids, ids[0], ids[:, :1])
+
+
+@law
 @given(width=small, rows=st.integers(1, 9), field=fields, group=small, seed=seeds)
 def test_pot_embedding(width: int, rows: int, field: tuple[int, int], group: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -208,6 +240,9 @@ EVERY: dict[str, tuple[Callable[[], Call], Tensor]] = {
     "PotLinear": (lambda: pot_linear(PotLinear(21, 11, bias=False)), LINEAR),
     "PotLinear:bias": (lambda: pot_linear(PotLinear(21, 11)), LINEAR),
     "PotEmbedding": (lambda: pot_embedding(PotEmbedding(21, 11)), IDS),
+    "LevelLinear": (lambda: level_linear(LevelLinear(21, 11, bias=False)), LINEAR),
+    "LevelLinear:bias": (lambda: level_linear(LevelLinear(21, 11)), LINEAR),
+    "LevelEmbedding": (lambda: level_embedding(LevelEmbedding(21, 11)), IDS),
     "VqLogitsTiers": (lambda: tiers(TiersHead(21, 11, 5, bias=False)), LINEAR),
     "VqLogitsTiers:bias": (lambda: tiers(TiersHead(21, 11, 5)), LINEAR),
     "VqLogitsProduct": (lambda: product(ProductHead(21, 11), 21), LINEAR),

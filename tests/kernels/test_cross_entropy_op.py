@@ -174,7 +174,7 @@ def test_no_tensor_has_a_row_of_all_classes_per_position() -> None:
 # ----------------------------------------------------------------------------------------------------- operator
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["plain", "weighted_smoothed", "capped"])
 def test_opcheck(case: str) -> None:
     torch.library.opcheck(linear_cross_entropy, tuple(trainable(arguments(**CASES[case]))))
 

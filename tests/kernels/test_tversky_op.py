@@ -61,15 +61,13 @@ def floating(args: list[Any]) -> list[Tensor]:
 
 CASES: dict[str, dict[str, Any]] = {
     "pair": {},
-    "single": {"pair": False, "bias": False},
-    "mirrored": {"mirrored": True},
     "projected": {"projected": True, "per_prototype": True},
     "chunked": {"names": ("min", "paper", "subtractmatch", "ratio")},
     "sums": {"names": ("softmin", "code", "subtractmatch", "contrast"), "mirrored": True, "projected": True},
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["pair", "projected", "chunked", "sums"])
 def test_opcheck(case: str) -> None:
     torch.library.opcheck(op.tversky, tuple(trainable(arguments(**CASES[case]))))
 
@@ -177,11 +175,10 @@ def test_training_under_autocast_gives_gradients_in_the_parameters_dtype() -> No
         assert tensor.grad is not None and tensor.grad.dtype == torch.float32 and tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("case", ["pair", "chunked"])
-def test_compiled_with_dynamic_shapes_forward_and_backward(case: str) -> None:
+def test_compiled_with_dynamic_shapes_forward_and_backward() -> None:
     compiled = torch.compile(op.tversky, backend="aot_eager", fullgraph=True, dynamic=True)
     for lead in ((2, 3), (4, 7)):
-        args = trainable(arguments(**(CASES[case] | {"lead": lead})))
+        args = trainable(arguments(**(CASES["chunked"] | {"lead": lead})))
         want, got = (
             torch.autograd.grad(f(*args).sum(), floating(args), allow_unused=True, materialize_grads=True)
             for f in (op.tversky, compiled)

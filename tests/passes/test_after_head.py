@@ -122,8 +122,6 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_golden_run_with_gradients(kind: str, name: str) -> None:
-    if kind == "pure" and name in LARGEST:
-        pytest.skip("whole clusters tie, and which of them torch takes is left open")
     before, after_, plan = rewritten(Model(kind, FORMS[name]), torch.float32)
     assert len(plan.sites) == 1
     assert HEADS[kind] not in targets(after_)  # the logits are not made
@@ -133,7 +131,7 @@ def test_golden_run_with_gradients(kind: str, name: str) -> None:
         assert len(result.gradients) >= 5
 
 
-@pytest.mark.parametrize("name", ["mean", "sum, in float32", "all of it", "soft", "softmax in float32", "topk"])
+@pytest.mark.parametrize("name", ["mean", "sum, in float32", "all of it", "soft", "softmax in float32"])
 def test_golden_run_in_bfloat16(name: str) -> None:
     before, after_, plan = rewritten(Model("tiers", FORMS[name]), torch.bfloat16)
     assert len(plan.sites) == 1
@@ -209,11 +207,11 @@ def test_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["tiers", "product"])
-@pytest.mark.parametrize("name", ["mean", "log_softmax", "argmax", "topk", "all of it"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("tiers", "log_softmax"), ("tiers", "topk"), ("tiers", "all of it"), ("product", "mean"), ("product", "argmax")],
+)
 def test_onnx_runtime_agrees(kind: str, name: str, tmp_path: Path) -> None:
-    if kind == "product" and name in ("log_softmax", "all of it"):
-        pytest.skip("stays on the logits")
     onnxruntime = pytest.importorskip("onnxruntime")
     opt = rewriter.optimize(Model(kind, FORMS[name]).eval(), ["after_head"], inputs())
     opt.export_onnx(tmp_path / "model.onnx")
@@ -254,11 +252,7 @@ def test_a_head_is_replaced_together_with_what_follows_it(name: str, structure: 
     opt = rewriter.optimize(model, [VQLogits(structure=structure, **options)], (ids, ids), expect={"vq_logits": 1})
     called = targets(opt.program)
     assert (by_codes if structure == "tiers" else by_rows) in called
-    assert (
-        not {heads.vq_logits_tiers, heads.vq_logits_product, aten.linear.default} & set(called[called.index(by_rows) :])
-        if by_rows in called
-        else heads.vq_logits_tiers not in called
-    )
+    assert heads.vq_logits_tiers not in called and heads.vq_logits_product not in called
     restored = opt.to_module().eval()
     torch.testing.assert_close(opt(ids, ids), restored(ids, ids))
     back = opt.undo("vq_logits")

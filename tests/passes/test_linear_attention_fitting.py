@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature maps and their calibration: what is claimed of landmarks, of the line search, and of the window."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rewriter.errors import PlanError
+from rewriter.passes.linear_attention import fitting, landmarks
+from rewriter.passes.linear_attention.fitting import Sequences, Shape
+from rewriter.passes.linear_attention.form import Form
+from rewriter.passes.linear_attention.maps import MAPS
+
+DIM = 8
+
+
+def draw(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sequences(seed: int, length: int = 40, heads: int = 4, key_heads: int = 2, sharp: float = 1.0) -> Sequences:
+    g = draw(seed)
+    q = sharp * torch.randn(3, heads, length, DIM, generator=g)
+    k, v = (torch.randn(3, key_heads, length, DIM, generator=g) for _ in range(2))
+    return Sequences(q, k, v)
+
+
+# ------------------------------------------------------------------------------------------------------- maps
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**20), st.floats(0.05, 2.0))
+def test_at_a_landmark_a_sharp_map_is_the_exponential_itself(seed: int, scale: float) -> None:
+    """φ_q(c_i) · φ_k(k) = exp(scale · c_i·k) for τ → ∞: the gain is 1 and the choice is certain."""
+    g = draw(seed)
+    at, k = torch.randn(5, DIM, generator=g).double(), torch.randn(7, DIM, generator=g).double()
+    placed = landmarks.Landmarks(at, torch.randn(5, generator=g).double(), torch.randn(5, DIM, generator=g).double(), scale)
+    query, key = MAPS["landmark"].query, MAPS["landmark"].key
+    choice = placed.query_parameters(1e6)
+    q_map = query(at[None, None], scale, *(choice[r][None] for r in MAPS["landmark"].query_roles))[0, 0]
+    k_map = key(k[None, None], scale, *(placed.key_parameters()[r][None] for r in MAPS["landmark"].key_roles))[0, 0]
+    torch.testing.assert_close(q_map @ k_map.T, torch.exp(scale * at @ k.T), rtol=1e-6, atol=0)
+
+
+def test_the_gradient_of_a_landmark_is_that_of_its_log_mass() -> None:
+    """g_i = ∇_c log Σ_j exp(scale · c·k_j) at c_i, and o_i its value but for log n."""
+    g = draw(0)
+    queries, keys = torch.randn(60, DIM, generator=g).double(), torch.randn(50, DIM, generator=g).double()
+    placed = landmarks.place(queries, torch.ones(60).double(), keys, 4, 0.5, draw(1))
+    c = placed.at.clone().requires_grad_()
+    mass = (0.5 * keys @ c.T).logsumexp(0)
+    mass.sum().backward()
+    torch.testing.assert_close(placed.gradient, c.grad)
+    torch.testing.assert_close(placed.offset, mass.detach() - math.log(50))
+
+
+def test_there_are_no_more_landmarks_than_queries() -> None:
+    placed = landmarks.place(torch.randn(3, DIM), torch.ones(3), torch.randn(9, DIM), 16, 1.0, draw(0))
+    assert placed.at.shape == (3, DIM)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_are_nonnegative_finite_and_wide(name: str, dtype: torch.dtype) -> None:
+    data = sequences(3, sharp=8.0)
+    roles = fitting.fit(data, Shape(0.4, 8), name, 6, draw(0)).tensors
+    fmap = MAPS[name]
+    for x, function, own in ((data.q, fmap.query, fmap.query_roles), (data.k, fmap.key, fmap.key_roles)):
+        features = function((30 * x).to(dtype), 0.4, *(roles[r].to(dtype) for r in own))
+        assert features.dtype == torch.promote_types(dtype, torch.float32)
+        assert bool(torch.isfinite(features).all()) and bool((features >= 0).all())
+
+
+# ---------------------------------------------------------------------------------------------------- fitting
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(0, 2**20),
+    st.sampled_from(sorted(MAPS)),
+    st.sampled_from(["sliding", "terrace"]),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_on_calibration_data_the_hybrid_is_never_worse_than_its_window(
+    seed: int, name: str, block: str, sinks: int, decays: bool
+) -> None:
+    shape = Shape(0.35, 6, block, sinks, True, decays)
+    figures = fitting.fit(sequences(seed), shape, name, 8, draw(seed)).figures
+    assert figures["output_error"] <= figures["window_error"]
+
+
+def test_the_measured_error_is_that_of_the_operator() -> None:
+    """The figures come from sampled queries and a formula of their own; the operator on all of them says the same."""
+    data, shape = sequences(1, length=48), Shape(0.35, 8)
+    found = fitting.fit(data, shape, "landmark", 8, draw(0))
+    form = Form("landmark", shape.scale, 8, "sliding", 0, "none", True, 4)
+    out = form.call(data.q, data.k, data.v, None, dict(found.tensors) | {"window_gate": torch.ones(4)})[0]
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        data.q, data.k, data.v, is_causal=True, scale=shape.scale, enable_gqa=True
+    )
+    _, choosing = fitting.positions(shape, data, draw(0))  # the first thing a fit draws
+    error = (out - exact)[:, :, choosing].norm() / exact[:, :, choosing].norm()
+    assert found.error == pytest.approx(float(error), rel=1e-3)
+
+
+def test_more_landmarks_are_better_and_as_many_as_queries_nearly_exact() -> None:
+    data, shape = sequences(5, length=24, heads=1, key_heads=1), Shape(0.35, 4)
+    errors = [fitting.fit(data, shape, "landmark", m, draw(0)).error for m in (1, 4, 24)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_head_that_sees_its_window_alone_keeps_it_alone() -> None:
+    """Keys that grow with the distance to a query are what a linear branch cannot know; near ones dominate here."""
+    length = 40
+    position = torch.arange(length).float()
+    angle = position * 0.5
+    q = 30 * torch.stack([angle.cos(), angle.sin(), *[torch.zeros(length)] * 6], -1).expand(2, 1, -1, -1)
+    k = torch.stack([angle.cos(), angle.sin(), *[torch.zeros(length)] * 6], -1).expand(2, 1, -1, -1)
+    k = torch.cat([k[..., :2] * (1 + position[:, None]), k[..., 2:]], -1)
+    v = torch.randn(2, 1, length, DIM, generator=draw(0))
+    found = fitting.fit(Sequences(q, k, v), Shape(1.0, 16), "elu", 8, draw(0))
+    assert found.figures["live_heads"] == 0.0
+    assert found.figures["output_error"] == found.figures["window_error"]
+
+
+def test_bidirectional_attention_has_no_window_and_no_weight_against_it() -> None:
+    one, found = (fitting.fit(sequences(2), Shape(0.35, 0, causal=False), "landmark", m, draw(0)) for m in (1, 16))
+    assert "map_scale" not in found.tensors and "window_error" not in found.figures
+    assert found.error < one.error < 1
+
+
+def test_sequences_within_the_window_say_nothing() -> None:
+    with pytest.raises(PlanError, match="never reach beyond the window"):
+        fitting.fit(sequences(0, length=16), Shape(0.35, 16), "elu", 8, draw(0))
+
+
+def test_the_same_draw_gives_the_same_fit() -> None:
+    def fitted() -> dict[str, Tensor]:
+        return dict(fitting.fit(sequences(0), Shape(0.35, 8), "landmark", 8, draw(7)).tensors)
+
+    for a, b in zip(fitted().values(), fitted().values(), strict=True):
+        assert torch.equal(a, b)
