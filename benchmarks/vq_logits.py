@@ -29,7 +29,7 @@ from rewriter.rendering import table
 LM = Path(__file__).resolve().parent.parent / "examples" / "tiny_lm"
 SETTINGS = {
     "product, w=4": VQLogits("product"),
-    "product, w=4, 256 codes, 128 exact rows": VQLogits("product", exact_rows=128),
+    "product, w=4, 128 exact rows": VQLogits("product", exact_rows=128),
     "product, w=6": VQLogits("product", dims=6),
     "product, w=6, 208 codes": VQLogits("product", dims=6, codes=208),
     "product, w=6, 32 exact rows": VQLogits("product", dims=6, exact_rows=32),
@@ -82,7 +82,9 @@ def main(wanted: str = "") -> None:
         console.print(name, *row, highlight=False)  # a table that is complete in some minutes; each row as it comes
         rows.add_row(name, *row, f"{excess:.3f}", *figures)
     console.print(rows)
-    console.print(f"dense perplexity {found.reference_perplexity:.2f} on {found.tokens} tokens, torch {torch.__version__}")
+    console.print(
+        f"dense perplexity {found.reference_perplexity:.2f} on {found.tokens} tokens, torch {torch.__version__}"
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -70,9 +71,12 @@ def _trace(node: fx.Node, reference: Callable[..., Any]) -> fx.Graph:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: value_of[n])
         return reference(*args, **kwargs)
 
+    # Tensors that the reference makes itself (arange of a symbolic length) have to be fake as well.
+    mode = detect_fake_mode(values)
     try:
         # pre_dispatch keeps composite operators whole (linear, not t + mm), as the training IR does.
-        return make_fx(call, tracing_mode="real", pre_dispatch=True)(*values).graph
+        with mode or nullcontext():
+            return make_fx(call, tracing_mode="real", pre_dispatch=True)(*values).graph
     except Exception as reason:
         raise ExportError(f"the reference of {node.target} cannot be traced at {node.name!r}: {reason}") from reason
 

@@ -102,7 +102,7 @@ def _node(
     batch, queries, length, features = q.shape
     keys, values = (layout.spread(layout.only(keep, x.float()), heads) for x in (k, v))
     packed = [None if x is None else _packed(x.squeeze(2)) for x in (keys, values, decay, rate)]
-    attributes = {"q_num_heads": queries, "kv_num_heads": heads, "update_rule": rule, "scale": 1.0}
+    attributes: dict[str, Any] = {"q_num_heads": queries, "kv_num_heads": heads, "update_rule": rule, "scale": 1.0}
     out, memory = torch.onnx.ops.symbolic_multi_out(
         f"{CONTRIB_DOMAIN}::LinearAttention",
         (_packed(q), *packed[:2], None if past is None else past.float(), *packed[2:]),

@@ -117,8 +117,9 @@ class _Site:
         read = [value for value in node.inputs if value is not None]
         model.graph.remove(node, safe=True)
         for value in read:
-            if value.name in model.graph.initializers and not value.uses():
-                del model.graph.initializers[value.name]
+            name = value.name or ""
+            if name in model.graph.initializers and not value.uses():
+                del model.graph.initializers[name]
 
 
 def _uniform(scales: torch.Tensor, exponents: torch.Tensor, bits: int) -> bool:

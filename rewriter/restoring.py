@@ -60,7 +60,7 @@ class _Restoration:
         if self._split(rule, planned, path):
             return
         original = self._original_module(path)
-        held = roles | rule.borrows(planned.choice)
+        held = {**roles, **rule.borrows(planned.choice)}
         module = rule.module({role: self.tensors[name] for role, name in held.items()}, original, planned.choice)
         if module is None:
             raise PlanError(f"{rule.name} at {path!r} has no module form; opt.undo({path!r}) first, or keep using opt")

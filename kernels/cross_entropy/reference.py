@@ -65,17 +65,16 @@ def linear_cross_entropy(
     """
     check(x, weight, bias, target, class_weight, label_smoothing, softcap, chunk)
     which = Targets.of(x, target, class_weight, weight.shape[0], ignore_index)
-    parts, picked, smooth = [], None, None
+    parts = []
+    picked = smooth = torch.zeros_like(which.own)
     for start, logits in chunks(x, weight, bias, softcap, chunk):
         parts.append(torch.logsumexp(logits, -1))
-        own = which.pick(logits, start)
-        picked = own if picked is None else picked + own
+        picked = picked + which.pick(logits, start)
         if label_smoothing:
-            part = (logits * which.weights[start : start + chunk]).sum(-1)
-            smooth = part if smooth is None else smooth + part
+            smooth = smooth + (logits * which.weights[start : start + chunk]).sum(-1)
     log_z = torch.logsumexp(torch.stack(parts, -1), -1)
     loss = which.own * (log_z - picked)
-    if smooth is not None:
+    if label_smoothing:
         rest = (log_z * which.weights.sum() - smooth) / weight.shape[0]
         loss = (1.0 - label_smoothing) * loss + label_smoothing * rest
     return torch.where(which.counted, loss, 0.0).contiguous(), log_z.contiguous()
@@ -113,8 +112,8 @@ class Targets:
         counted = target != ignore_index
         token = torch.where(counted, target, 0)
         wide = loss_dtype(x)
-        given = class_weight is not None
-        weights = class_weight.to(wide) if given else torch.ones(classes, dtype=wide, device=x.device)
+        ones = torch.ones(classes, dtype=wide, device=x.device)
+        weights = ones if class_weight is None else class_weight.to(wide)
         # As an embedding, because that refuses a token outside the classes where indexing would wrap around.
         return cls(counted, token, weights, F.embedding(token, weights.unsqueeze(-1)).squeeze(-1))
 

@@ -94,8 +94,8 @@ def chunked(
     memory, outputs = x.memory, [x.q.new_empty((*x.q.shape[:3], 0, v.shape[3]))]
     for begin in range(0, length, size):
         here = slice(begin, begin + size)
-        parts = (part[..., here, :] for part in (x.q, x.k, x.v, x.beta, x.decay))
-        out, memory = _sweep(*parts, memory)
+        q_here, k_here, v_here, beta, decay = (part[..., here, :] for part in (x.q, x.k, x.v, x.beta, x.decay))
+        out, memory = _sweep(q_here, k_here, v_here, beta, decay, memory)
         outputs.append(out)
     return _results(torch.cat(outputs, dim=-2), memory, q)
 
@@ -151,7 +151,8 @@ def _pairs(k: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tens
     """Of a chunk: running sums b ``[..., C, 1]``, D ``[..., C, C]``, (I + tril(diag(β)(K Kᵀ ⊙ D), −1))⁻¹."""
     running = decay.cumsum(-2)
     pairs = layout.pairwise(running, layout.lower(k.shape[-2], k)).squeeze(-1)
-    return running, pairs, unit_lower_inverse((beta * (k @ k.mT) * pairs).tril(-1))
+    earlier = layout.lower(k.shape[-2], k, gap=1)
+    return running, pairs, unit_lower_inverse((beta * (k @ k.mT) * pairs).masked_fill(~earlier, 0.0))
 
 
 def _sweep(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,8 +173,8 @@ def _all_chunks(x: _Operands, length: int, size: int) -> tuple[Tensor, Tensor]:
     total = running[..., -1:, :]
     late = (k * (total - running).exp()).mT
     new, old = inverse @ (beta * v), inverse @ (beta * k * running.exp())  # what is written: new − old S
-    identity = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    transition, update = _composed(total.exp() * identity - late @ old, late @ new)
+    kept = total.exp() * layout.identity(k.shape[-1], k)
+    transition, update = _composed(kept - late @ old, late @ new)
     first = x.memory.unsqueeze(-3)
     states = torch.cat([first, transition @ first + update], dim=-3)
     before = states[..., :-1, :, :]
@@ -202,15 +203,18 @@ def unit_lower_inverse(strict: Tensor) -> Tensor:
     [[L₁, 0], [M, L₂]]⁻¹ = X − X M X: as stable as forward substitution, in log₂ n steps of matrix products.
     """
     size = strict.shape[-1]
-    index = torch.arange(size, device=strict.device)
-    inverse = torch.eye(size, dtype=strict.dtype, device=strict.device).expand_as(strict)
-    step = 1
-    while step < size:
-        block = index // step
-        pair = (block[:, None] % 2 == 1) & (block[:, None] - 1 == block[None, :])
-        inverse = inverse - inverse @ torch.where(pair, strict, 0.0) @ inverse
-        step *= 2
+    block = torch.arange(size, device=strict.device)
+    inverse = layout.identity(size, strict) - _below_in_pairs(strict, block)  # of blocks of two
+    while size > 2:
+        block, size = block // 2, -(-size // 2)
+        inverse = inverse - inverse @ _below_in_pairs(strict, block) @ inverse
     return inverse
+
+
+def _below_in_pairs(strict: Tensor, block: Tensor) -> Tensor:
+    """What an odd block has to do with the even one before it; zeros elsewhere."""
+    pair = (block[:, None] % 2 == 1) & (block[:, None] - 1 == block[None, :])
+    return torch.where(pair, strict, 0.0)
 
 
 def _results(out: Tensor, memory: Tensor, q: Tensor) -> Outputs:

@@ -103,17 +103,21 @@ def recurrent(x: Inputs, past: Past | None, setting: Setting) -> tuple[Tensor, P
     """One token at a time through caches of constant size."""
     outputs = []
     for t in range(x.q.shape[2]):
-        now = {name: _at(getattr(x, name), t) for name in ("q", "k", "v", "q_map", "k_map")}
-        step = dataclasses.replace(x, **now, keep=None if x.keep is None else x.keep[:, t : t + 1])
+        now = slice(t, t + 1)
+        step = dataclasses.replace(
+            x,
+            q=x.q[:, :, now],
+            k=x.k[:, :, now],
+            v=x.v[:, :, now],
+            q_map=None if x.q_map is None else x.q_map[:, :, now],
+            k_map=None if x.k_map is None else x.k_map[:, :, now],
+            keep=None if x.keep is None else x.keep[:, now],
+        )
         out, past = chunked(step, past, setting, True, 1)
         outputs.append(out)
     if past is None:
         raise ValueError("a sequence without tokens leaves nothing behind")
     return torch.cat(outputs, dim=2), past
-
-
-def _at(value: Tensor | None, t: int) -> Tensor | None:
-    return None if value is None else value[:, :, t : t + 1]
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,16 @@ def join(x: Tensor, length: int) -> Tensor:
     return x.flatten(-3, -2)[..., :length, :]
 
 
-def lower(size: int, like: Tensor) -> Tensor:
-    """The causal mask ``[size, size]``: True where the column is not after the row."""
+def lower(size: int, like: Tensor, gap: int = 0) -> Tensor:
+    """The causal mask ``[size, size]``: True where the column is at least ``gap`` before the row."""
     position = torch.arange(size, device=like.device)
-    return position[:, None] >= position
+    return position[:, None] - position >= gap
+
+
+def identity(size: int, like: Tensor) -> Tensor:
+    """I ``[size, size]`` in the dtype of ``like``."""
+    position = torch.arange(size, device=like.device)
+    return (position[:, None] == position).to(like.dtype)
 
 
 def pairwise(running: Tensor, seen: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch.fx import Node
 
 from rewriter.editing import Editor
 from rewriter.kernels.after_head import op as after
+from rewriter.kernels.after_head.reference import CHUNK
+from rewriter.kernels.cross_entropy.op import linear_cross_entropy
 from rewriter.kernels.vq_logits import op as heads
 from rewriter.passes.after_head.following import Follower, is_soft
 from rewriter.passes.after_head.rows import decoded
@@ -82,18 +84,11 @@ def _tiers_loss(edit: Editor, x: Node, tensors: tuple[Node | None, ...], followe
 
 
 def _row_loss(edit: Editor, x: Node, tensors: tuple[Node | None, ...], follower: Follower) -> Mapping[Node, Node]:
-    """log Z − h·w_y − b_y"""
+    c = follower.captures
     rows, bias = tensors
-    log_z = edit.call(after.linear_logsumexp, x, rows, bias)
-    wide = log_z.meta["val"].dtype
-    counted = edit.call(aten.ne.Scalar, follower.captures["target"], _ignored(follower))
-    token = edit.call(aten.where.ScalarOther, counted, follower.captures["target"], 0)
-    row = _to(edit, edit.call(aten.embedding.default, rows, token), wide)
-    logit = edit.call(aten.sum.dim_IntList, edit.call(aten.mul.Tensor, _to(edit, x, wide), row), [-1])
-    if bias is not None:
-        logit = edit.call(aten.add.Tensor, logit, _of_token(edit, bias, token, wide))
-    loss = edit.call(aten.sub.Tensor, log_z, logit)
-    return reduced(edit, edit.call(aten.where.ScalarOther, counted, loss, 0.0), follower)
+    options = c["weight"], _ignored(follower), c["label_smoothing"], None, CHUNK
+    both = edit.call(linear_cross_entropy, x, rows, bias, c["target"], *options)
+    return reduced(edit, edit.call(operator.getitem, both, 0), follower)
 
 
 def reduced(edit: Editor, loss: Node, follower: Follower) -> Mapping[Node, Node]:

@@ -136,7 +136,6 @@ def _read(one: Follower) -> tuple[Node, ...]:
 def _not_by_rows(one: Follower) -> str | None:
     if one.kind in ("softmax", "log_softmax"):
         return "its result is as large as the logits, and this head has no smaller form of them"
-    c = one.captures
-    if one.kind == "cross_entropy" and (c["weight"] is not None or c["label_smoothing"] or is_soft(c["target"])):
-        return "of heads with a row per token only the plain loss is rewritten; the module's nll has the others"
+    if one.kind == "cross_entropy" and is_soft(one.captures["target"]):
+        return "its targets are as large as the logits; the module's nll takes them without"
     return None

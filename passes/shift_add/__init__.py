@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from rewriter.errors import PlanError
 from rewriter.passes.shift_add.apot import Apot
@@ -113,7 +113,7 @@ class ShiftAdd(Pass):
             return replace(self, bits=bits, mean_bits=None).spelling()
         if self.mode == "bcq":
             return BCQ(self.bits, "fp16" if self.scale == "fp16" else "pot")
-        scale = cast(ScaleKind, "pot" if self.scale == "pot" else "fp16")
+        scale: ScaleKind = "pot" if self.scale == "pot" else "fp16"
         if self.mode == "pot":
             return Pot(self.bits, self.terms, scale)
         if self.mode == "uniform":

@@ -75,7 +75,9 @@ class Metric:
             if factor is not None:
                 return cls(damped, order, factor, act_order)
             share = max(10 * share, 1e-6)
-        raise PlanError("shift_add: the second moment of the calibration data has negative eigenvalues; calibrate again")
+        raise PlanError(
+            "shift_add: the second moment of the calibration data has negative eigenvalues; calibrate again"
+        )
 
     def cost(self, error: Tensor) -> Tensor:
         """``e H eᵀ`` of each row of ``error [rows, in]``: ``[rows]`` float64."""

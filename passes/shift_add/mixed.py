@@ -2,10 +2,12 @@
 """Bits per layer: the ones whose rounding hurts most get more, under a budget of bits per weight on average.
 
     minimise Σ_l C_l · 4^-b_l   subject to   Σ_l n_l b_l ≤ mean_bits · Σ_l n_l
-    C = ‖S‖_F · std(S)²,  S = W / diag(U),  H⁻¹ = Uᵀ U
+    C = ‖S‖_F · std(S)² / tr(W H Wᵀ)^(3/2),  S = W / diag(U),  H⁻¹ = Uᵀ U
 
-C is ShiftAddLLM's sensitivity score: S_oj² is what rounding weight (o, j) to zero costs after the columns behind it
-made up for it as well as they can, so its norm says how much there is to lose and its spread how unevenly. One more
+Its numerator is ShiftAddLLM's sensitivity score: S_oj² is what rounding weight (o, j) to zero costs after the columns behind it
+made up for it as well as they can, so its norm says how much there is to lose and its spread how unevenly. The numerator
+grows with the cube of the layer's outputs, by which it says nothing about layers whose outputs are of other sizes: it gave
+the first layers of a small language model one bit and ruined it. So it is taken relative to the outputs' energy. One more
 bit halves the error of any of the modes, nearly; so its square, and with it the cost, falls by 4. n_l counts weights.
 
 With convex costs the greedy rule is optimal but for what is left of the budget in the end: again and again one more
@@ -24,13 +26,15 @@ from torch import Tensor
 from rewriter.passes.shift_add.groups import WIDE
 from rewriter.passes.shift_add.hessian import Metric
 
-SPREAD = 2  # bits a layer may lie below or above the mean
+SPREAD = 1  # bits a layer may lie below or above the mean
 
 
 def sensitivity(weight: Tensor, metric: Metric) -> float:
-    """C of a weight ``[out, in]`` under the metric of its inputs; in the units of both, so compare within a model."""
-    score = weight.detach().to(WIDE)[:, metric.order] / metric.factor.diagonal()
-    return float(score.norm() * score.var(correction=0))
+    """C of a weight ``[out, in]`` under the metric of its inputs; a number without unit, 0 for a weight of zeros."""
+    wide = weight.detach().to(WIDE)
+    score = wide[:, metric.order] / metric.factor.diagonal()
+    energy = metric.cost(wide).sum()
+    return float(score.norm() * score.var(correction=0) / energy**1.5) if energy > 0 else 0.0
 
 
 def allocate(

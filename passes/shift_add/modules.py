@@ -119,7 +119,9 @@ class ShiftAddPointwise(ShiftAddLinear):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = x[(..., *(slice(None, None, step) for step in self.stride))]
+        kept = x
+        for axis, step in enumerate(self.stride, 2):
+            kept = kept[(slice(None),) * axis + (slice(None, None, step),)]
         out = super().forward(kept.movedim(1, -1)).movedim(-1, 1)
         # As a convolution does: in channels-last format only where the input is.
         return out.contiguous() if x.is_contiguous() else out

@@ -102,7 +102,7 @@ class Annealing:
                 wanted = _called(teacher, batch)
             value = measure(_called(model, batch), wanted)
             optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             optimizer.step()
             losses.append(float(value.detach()))
         if len(losses) < self.steps:

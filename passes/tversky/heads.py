@@ -91,7 +91,9 @@ class BoundedHeadRule(TverskyRule):
         p, outputs = parameters, choice["out_features"]
         dtype = match.root.meta["val"].dtype
         weights = (p["theta"], p["alpha"], p["beta"], None)
-        x = edit.call(aten.constant_pad_nd.default, edit.call(aten.to.dtype, match["x"], torch.float64), [0, 1], 1.0)
+        wide = edit.call(aten.to.dtype, match["x"], torch.float64)
+        one = edit.call(aten.ones_like.default, edit.call(aten.slice.Tensor, wide, -1, 0, 1))
+        x = edit.call(aten.cat.default, [wide, one], -1)  # constant_pad_nd would fix the sizes it was traced with
         neutral_x = edit.call(aten.to.dtype, edit.call(aten.select.int, p["neutral"], 0, 0), torch.float64)
         neutral_p = edit.call(aten.slice.Tensor, p["neutral"], 0, 1, 2)
         all_p = edit.call(aten.cat.default, [p["prototypes"], neutral_p])
@@ -135,7 +137,7 @@ class BoundedHead(nn.Module):
         weights = (self.theta, self.alpha, self.beta, None)
         everyone = torch.cat((self.prototypes, self.neutral[1:]))
         offset: Tensor = -tversky(self.neutral[0].double(), self.features, everyone, *weights, None, *_NAMES)
-        wide = nn.functional.pad(x.double(), (0, 1), value=1.0)
+        wide = torch.cat((x.double(), x.new_ones((*x.shape[:-1], 1), dtype=torch.float64)), -1)
         y: Tensor = tversky(wide, self.features, everyone, *weights, offset, *_NAMES)
         y = y[..., :-1] - y[..., -1:]
         return (y if self.bias is None else y + self.bias).to(x.dtype)

@@ -345,6 +345,28 @@ class SingleRule(TverskyRule):
             inputs = sample[:: max(1, len(sample) // single.ROWS)].to(weight.device)
         return single.fit(weight, features, inputs, self.similarity)
 
+    def measure(
+        self,
+        site: Site,
+        before: Read,
+        after: Mapping[str, Tensor],
+        choice: Mapping[str, Any],
+        statistics: Statistics | None,
+    ) -> dict[str, float]:
+        figures = super().measure(site, before, after, choice, statistics)
+        sample = statistics.get("sample", site.paths) if statistics is not None else None
+        if sample is not None and len(sample) > single.ROWS:  # inputs between those it was fitted to
+            stride = len(sample) // single.ROWS
+            weight = as_rows(site.match, before)
+            inputs = sample[stride // 2 :: stride].to(weight)
+            made = TverskyProjection(
+                after["features"], after.get("prototypes", weight), after["theta"], after["alpha"], after["beta"],
+                similarity=self.similarity,
+            )  # fmt: skip
+            dense = inputs @ weight.t()
+            figures["output_error"] = float((made(inputs) - dense).norm() / dense.norm())
+        return figures
+
 
 def as_rows(match: Match, read: Read) -> Tensor:
     """The weight as ``[out, in]``; transformers' Conv1D stores it the other way round."""

@@ -38,7 +38,7 @@ class VQLogits(Pass):
         stages: codebooks that ``"residual"`` adds up.
         max_kl: KL(original ‖ rewritten) in nats per token that ``"auto"`` may spend on the head.
         singletons: tokens of tiers that keep their own row, or "auto".
-        bias: a bias per token inside its cluster (tiers).
+        bias: a bias per token inside its cluster (tiers; the dense head's own bias is always kept).
         metric: what "near" means when rows are clustered: plain, whitened (by calibration's second moment), kl, or auto.
     """
 
@@ -82,6 +82,9 @@ class VQLogits(Pass):
             "rotate": (self.rotate, ("product",)),
             "rank": (self.rank != "auto", ("lowrank",)),
             "stages": (self.stages != 2, ("residual",)),
+            "singletons": (self.singletons != "auto", ("tiers",)),
+            "bias": (not self.bias, ("tiers",)),
+            "dims": (self.dims != 4, ("auto", "product", "lowrank")),
         }
         for option, (given, structures) in asked.items():
             if given and self.structure not in structures:

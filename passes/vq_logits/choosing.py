@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,12 @@ def choose(
 
     def fit(dims: int, rows: int, sample: Tensor | None) -> CodebookHead:
         own = torch.Generator().set_state(start)  # each candidate is fitted as if it were the only one
-        known = {"counts": counts, "second_moment": second_moment, "hidden": sample, "head_bias": head_bias}
+        known: dict[str, Any] = {
+            "counts": counts,
+            "second_moment": second_moment,
+            "hidden": sample,
+            "head_bias": head_bias,
+        }
         if rows == 0:
             return fit_product(weight, dims=dims, codes=codes, metric=metric, generator=own, **known)
         return fit_exact(weight, rows=rows, dims=dims, codes=codes, metric=metric, generator=own, **known)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewriter.kernels.after_head import reference
 from rewriter.kernels.after_head.op import (
     linear_logsumexp,
     linear_topk,
@@ -25,7 +26,7 @@ from rewriter.kernels.after_head.op import (
     vq_tiers_softmax,
     vq_tiers_topk,
 )
-from rewriter.kernels.after_head.reference import soft_weights
+from rewriter.kernels.cross_entropy.op import linear_cross_entropy
 from rewriter.kernels.vq_logits.op import vq_tiers_logsumexp, vq_tiers_nll
 from rewriter.kernels.vq_logits.reference import loss_dtype
 from rewriter.passes.vq_logits.sampling import Distribution, RowDistribution, Sampling
@@ -205,21 +206,13 @@ class AfterRows(AfterHead):
         ignore_index: int = -100,
     ) -> Tensor:
         rows, bias = self._rows()
+        if not target.is_floating_point():
+            options = weight, ignore_index, label_smoothing, None, reference.CHUNK
+            loss: Tensor = linear_cross_entropy(h, rows, bias, target, *options)[0]
+            return loss
         log_z = linear_logsumexp(h, rows, bias)
-        if target.is_floating_point():
-            t = soft_weights(target.to(log_z.dtype), weight, label_smoothing)
-            return log_z * t.sum(-1) - _expected(h, t, rows, bias)
-        counted = target != ignore_index
-        token = torch.where(counted, target, 0)
-        loss = log_z - _logit(h, token, rows, bias)
-        if weight is not None:
-            loss = loss * F.embedding(token, weight.to(loss.dtype).unsqueeze(-1)).squeeze(-1)
-        if label_smoothing:
-            share = torch.ones(rows.shape[0], device=h.device) if weight is None else weight
-            share = share.to(loss.dtype)
-            everywhere = log_z * share.sum() - _expected(h, share, rows, bias)
-            loss = (1 - label_smoothing) * loss + label_smoothing / rows.shape[0] * everywhere
-        return torch.where(counted, loss, 0.0)
+        t = reference.soft_weights(target.to(log_z.dtype), weight, label_smoothing)
+        return log_z * t.sum(-1) - _expected(h, t, rows, bias)
 
     def log_softmax(self, h: Tensor) -> Tensor:
         return F.log_softmax(self(h).to(loss_dtype(h)), dim=-1)
@@ -240,15 +233,8 @@ class AfterRows(AfterHead):
         return rows.detach(), None if bias is None else bias.detach()
 
 
-def _logit(h: Tensor, token: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """h·w_y + b_y per position, summed in at least float32."""
-    wide = loss_dtype(h)
-    logit = (h.to(wide) * F.embedding(token, rows).to(wide)).sum(-1)
-    return logit if bias is None else logit + F.embedding(token, bias.to(wide).unsqueeze(-1)).squeeze(-1)
-
-
 def _expected(h: Tensor, t: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """Σ_i t_i (h·w_i + b_i) = h·(Σ_i t_i w_i) + Σ_i t_i b_i, for t ``[V]`` or ``[..., V]``: no logits needed."""
+    """Σ_i t_i (h·w_i + b_i) = h·(Σ_i t_i w_i) + Σ_i t_i b_i, for t ``[..., V]``: no logits needed."""
     wide = loss_dtype(h)
     total = (h.to(wide) * (t @ rows.to(wide))).sum(-1)
     return total if bias is None else total + t @ bias.to(wide)

@@ -12,6 +12,7 @@ repetition penalty are taken out of their codes and stand beside them, each with
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from rewriter.kernels.after_head.reference import by_code, code_logits
 from rewriter.kernels.vq_logits.codec import unpack_codes
 from rewriter.passes.vq_logits.sampling import Distribution, Sampling
+
+_BY_VALUE = 40  # turns of a bisection by values; after them by the integers of the numbers, which ends for sure
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class CodeDistribution(Distribution):
         self.is_seen = (previous >= 0) & ~again
         self.seen = previous.clamp(min=0)
         self.seen_code, self.seen_place = table.code[self.seen], table.place[self.seen]
-        own = self._z(self.seen_code, self.seen_place)
-        self.seen_z = torch.where(self.is_seen, how.penalised(own * how.temperature), -torch.inf)
+        self.seen_before = self._z(self.seen_code, self.seen_place)
+        self.seen_z = torch.where(self.is_seen, how.penalised(self.seen_before * how.temperature), -torch.inf)
         share = table.bias[table.first[self.seen_code] + self.seen_place] - table.top[self.seen_code]
         self.seen_share = torch.where(self.is_seen, share.exp(), 0.0)
 
@@ -98,16 +101,27 @@ class CodeDistribution(Distribution):
         return self._categories(floor)[0].logsumexp(-1)
 
     def kth(self, k: int) -> Tensor:
-        """Bisection over the numbers themselves: 64 turns at most, fewer once exactly k tokens are left."""
-        top = torch.cat([self.logits + self.table.top, self.seen_z], -1).amax(-1)
-        low, high = _ordinal(self._all()), _ordinal(top) + 1  # at least k above low, fewer than k above high
-        while True:
-            middle = (low >> 1) + (high >> 1) + (low & high & 1)
-            enough = self._number(_number_of(middle))
-            done = (enough == k) | (middle == low)
-            low, high = torch.where(enough >= k, middle, low), torch.where(enough >= k, high, middle)
-            if bool(done.all()):
-                return _number_of(low)
+        """Bisection, by values at first and by the numbers between them at last, until exactly k tokens are left or
+        only equals remain. Of the codes only the best are looked at: as many as k and the tokens seen, of which no more
+        than those were seen, so that the floor lies among their best tokens or above."""
+        best = self.logits + self.table.top
+        low, high = self._all(), torch.cat([best, self.seen_z], -1).amax(-1)
+        codes = torch.arange(best.shape[-1], device=best.device).expand_as(best)
+        enough = k + self.seen.shape[-1]
+        if enough <= best.shape[-1]:
+            values, codes = best.topk(enough)
+            low = values[:, -1]
+        low_at, high_at = _ordinal(low), _ordinal(high) + 1  # k at least from low on, fewer from high on
+        for turn in itertools.count():
+            middle = (low_at >> 1) + (high_at >> 1) + (low_at & high_at & 1)
+            if turn < _BY_VALUE:
+                value = _ordinal((_number_of(low_at) + _number_of(high_at)) / 2)
+                middle = torch.where((value > low_at) & (value < high_at), value, middle)
+            number = self._number(_number_of(middle), codes)
+            low_at, high_at = torch.where(number >= k, middle, low_at), torch.where(number >= k, high_at, middle)
+            if bool(((number == k) | (low_at + 1 >= high_at)).all()):
+                break
+        return _number_of(low_at)
 
     def draw(self, floor: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         t = self.table
@@ -130,15 +144,17 @@ class CodeDistribution(Distribution):
         at = (self.table.first[code] + place).clamp(max=self.tokens - 1)
         return self.logits.gather(-1, code) + self.table.bias[at]
 
-    def _lengths(self, floor: Tensor) -> Tensor:
-        """How many tokens of each code have z ≥ floor, those seen before with their old z; ``[N, K]``."""
+    def _lengths(self, floor: Tensor, codes: Tensor | None = None) -> Tensor:
+        """How many tokens of each code (of those given, ``[N, m]``) have z ≥ floor, those seen before with their old z."""
         t = self.table
-        low = torch.zeros_like(self.logits, dtype=torch.int64)
-        high = t.count.expand_as(low)
+        logits, first, high = self.logits, t.first, t.count.expand(self.logits.shape)
+        if codes is not None:
+            logits, first, high = logits.gather(-1, codes), first[codes], t.count[codes]
+        low = torch.zeros_like(high)
         for _ in range(t.steps):
             middle = (low + high) >> 1
-            at = (t.first + middle).clamp(max=self.tokens - 1)
-            above = (low < high) & (self.logits + t.bias[at] >= floor.unsqueeze(-1))
+            at = (first + middle).clamp(max=self.tokens - 1)
+            above = (low < high) & (logits + t.bias[at] >= floor.unsqueeze(-1))
             low, high = torch.where(above, middle + 1, low), torch.where(above, high, torch.maximum(low, middle))
         return low
 
@@ -148,11 +164,11 @@ class CodeDistribution(Distribution):
         empty = torch.zeros(length.shape, dtype=values.dtype, device=values.device)
         return empty.scatter_add(-1, self.seen_code, torch.where(inside, values, 0))
 
-    def _number(self, floor: Tensor) -> Tensor:
-        """How many tokens have z ≥ floor, ``[N]``."""
-        length = self._lengths(floor)
-        left = length - self._removed(torch.ones_like(self.seen), length)
-        return left.sum(-1) + (self.seen_z >= floor.unsqueeze(-1)).sum(-1)
+    def _number(self, floor: Tensor, codes: Tensor) -> Tensor:
+        """How many tokens have z ≥ floor, ``[N]``, where no code but those given has any."""
+        f = floor.unsqueeze(-1)
+        moved = (self.seen_z >= f).sum(-1) - (self.is_seen & (self.seen_before >= f)).sum(-1)
+        return self._lengths(floor, codes).sum(-1) + moved
 
     def _categories(self, floor: Tensor) -> tuple[Tensor, Tensor]:
         """Log masses of what lies above the floor, ``[N, K + P]``: of codes, then of tokens seen; and the lengths."""

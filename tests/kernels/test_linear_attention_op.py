@@ -157,7 +157,14 @@ def test_one_compilation_serves_all_lengths_forward_and_backward(name: str) -> N
     assert len(compilations) == 2  # forward and backward
 
 
-@pytest.mark.parametrize("name", ["additive_feature", "gated_delta", "hybrid"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "additive_feature",
+        pytest.param("gated_delta", marks=pytest.mark.slow),
+        pytest.param("hybrid", marks=pytest.mark.slow),
+    ],
+)
 def test_the_decomposition_is_aten_for_every_length(name: str) -> None:
     rule, args = arguments(name, 6, chunk=4)
     free = [n for n, a in args.items() if isinstance(a, Tensor) and a.dim() >= 2]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import rewriter
 from rewriter.kernels.after_head import op as after
+from rewriter.kernels.cross_entropy.op import linear_cross_entropy
 from rewriter.kernels.vq_logits import op as heads
 from rewriter.kernels.vq_logits.codec import pack_codes
 from rewriter.passes import AfterHead, VQLogits
@@ -116,7 +118,10 @@ LARGEST: dict[str, Callable[..., Any]] = {
 }
 FORMS = {**LOSSES, **TIERS_LOSSES, **ELEMENTWISE, **LARGEST}
 CASES = [
-    (k, n) for k in HEADS for n in FORMS if k in ("tiers", "pure") or (n in LOSSES and n != "last") or n in LARGEST
+    *(("tiers", name) for name in FORMS),
+    *(("pure", name) for name in ("mean", "all of it", "soft", "log_softmax")),
+    *(("product", name) for name in ("mean", "each", "gather", "shifted", "all of it", "argmax", "topk")),
+    *((kind, name) for kind in ("exact", "residual") for name in ("mean", "topk")),
 ]
 
 
@@ -125,17 +130,23 @@ def test_golden_run_with_gradients(kind: str, name: str) -> None:
     before, after_, plan = rewritten(Model(kind, FORMS[name]), torch.float32)
     assert len(plan.sites) == 1
     assert HEADS[kind] not in targets(after_)  # the logits are not made
-    result = rewriter.verify(before, after_, [inputs(4, 5), inputs(3, 8)]).raise_if_failed()
-    assert result.outputs
-    if name not in LARGEST:
-        assert len(result.gradients) >= 5
+    result = rewriter.verify(before, after_, [inputs(4, 5), inputs(3, 8)])
+    # In float64. What rounding does to losses is tested on many positions at once, with the operators: that of a mean over
+    # a few positions is luck, before as well as after.
+    assert max(f.relative for f in (*result.outputs, *result.gradients)) <= 1e-10
+    assert result.outputs and (name in LARGEST or len(result.gradients) >= 5)
 
 
-@pytest.mark.parametrize("name", ["mean", "sum, in float32", "all of it", "soft", "softmax in float32"])
-def test_golden_run_in_bfloat16(name: str) -> None:
+@pytest.mark.parametrize("name", ["sum, in float32", "soft", "softmax in float32"])
+def test_values_in_bfloat16_have_the_dtypes_they_had(name: str) -> None:
     before, after_, plan = rewritten(Model("tiers", FORMS[name]), torch.bfloat16)
     assert len(plan.sites) == 1
-    rewriter.verify(before, after_, [inputs(4, 5, torch.bfloat16), inputs(8, 64, torch.bfloat16)]).raise_if_failed()
+    result = rewriter.verify(before, after_, [inputs(4, 5, torch.bfloat16)])
+    assert max(f.relative for f in (*result.outputs, *result.gradients)) <= 1e-10
+    given = inputs(8, 64, torch.bfloat16)
+    want, got = before.graph_module(*given)[0], after_.graph_module(*given)[0]
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)
 
 
 def test_applying_twice_is_applying_once() -> None:
@@ -170,7 +181,7 @@ def reasons(kind: str, function: Callable[..., Any]) -> str:
         ("tiers", lambda x, t, w: x.log_softmax(-1, dtype=torch.float64), "more than the hidden states have"),
         ("product", lambda x, t, w: x.softmax(-1), "as large as the logits"),
         ("product", lambda x, t, w: (FORMS["mean"](x, t, w), x), "needs the logits as well"),
-        ("product", FORMS["smoothed"], "only the plain loss"),
+        ("product", FORMS["soft"], "as large as the logits"),
     ],
     ids=str,
 )
@@ -237,7 +248,7 @@ class LanguageModel(nn.Module):
 
 FOLLOWED: dict[str, tuple[Callable[..., Any], Any, Any]] = {
     "loss": (
-        lambda x, t: F.cross_entropy(x.view(-1, 600), t.view(-1)), heads.vq_tiers_nll, after.linear_logsumexp,
+        lambda x, t: F.cross_entropy(x.view(-1, 600), t.view(-1)), heads.vq_tiers_nll, linear_cross_entropy,
     ),
     "argmax": (lambda x, t: x[:, -1].argmax(-1), after.vq_tiers_topk, after.linear_topk),
 }  # fmt: skip
@@ -280,3 +291,13 @@ def test_the_loss_of_a_causal_model_reads_the_codes_and_the_logits_are_still_ret
 
 def _flat(out: Any) -> list[Tensor]:
     return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def test_the_examples_of_the_page_run() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "after_head.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["tokens"].shape == (3, 5) and names["opt"].plan.sites[0].rule == "after_head.cross_entropy"

@@ -23,7 +23,6 @@ from rewriter.passes.linear_attention.gate import pays_from
 
 VOCABULARY, LENGTH = 50, 24
 UNTRAINED = {
-    "delta": {"rule": "delta", "calibrate": False},
     "gated delta": {"rule": "delta", "gate": "fixed", "calibrate": False},
     "key gates": {"gate": "key", "calibrate": False},
 }
@@ -34,7 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "no window": {"window": None, "feature_map": "elu"},
     **UNTRAINED,
 }
-DECODING = [name for name in FORMS if name != "key gates"]
+DECODING = ["landmark", "terrace", "no window", "gated delta"]
+PADDED = ["landmark", "terrace", "gated delta", "key gates"]
 
 
 def tokens(rows: int = 4, length: int = LENGTH, seed: int = 0) -> Tensor:
@@ -42,10 +42,10 @@ def tokens(rows: int = 4, length: int = LENGTH, seed: int = 0) -> Tensor:
 
 
 @cache
-def llama() -> hf.LlamaForCausalLM:
+def llama(layers: int = 1) -> hf.LlamaForCausalLM:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, eos_token_id=None,
     )  # fmt: skip
     return hf.LlamaForCausalLM(config).eval()
@@ -88,7 +88,7 @@ def test_it_is_causal(form: str) -> None:
     torch.testing.assert_close(logits(opt, ids)[:, :15], logits(opt, other)[:, :15], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PADDED)
 def test_padding_on_the_left_is_as_if_it_were_not_there(form: str) -> None:
     opt, ids = optimized(form), tokens(2, 12)
     mask = torch.ones_like(ids)
@@ -100,7 +100,7 @@ def test_padding_on_the_left_is_as_if_it_were_not_there(form: str) -> None:
         torch.testing.assert_close(logits(opt, ids, attention_mask=mask)[:, 5:], short, rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PADDED)
 def test_batch_one_length_one_and_right_padding(form: str) -> None:
     opt, ids = optimized(form), tokens()
     whole = logits(opt, ids)
@@ -132,7 +132,7 @@ def test_decoding_equals_the_parallel_form_with_constant_memory(form: str) -> No
 
 def test_a_softmax_layer_that_was_kept_keeps_its_keys() -> None:
     opt = rewriter.optimize(
-        llama(), [LinearAttention(min_length=None, window=4, keep_softmax_every=2)], calibration=[tokens()]
+        llama(2), [LinearAttention(min_length=None, window=4, keep_softmax_every=2)], calibration=[tokens()]
     )
     assert [s.paths for s in opt.report.sites] == [("model.layers.0.self_attn",)]
     ids, state = tokens(2), rewriter.DecodeState(opt)
@@ -157,7 +157,7 @@ def test_decoding_refuses_what_it_cannot_do() -> None:
         rewriter.DecodeState(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("form", ["landmark", "terrace", "delta"])
+@pytest.mark.parametrize("form", ["landmark", "terrace", "gated delta"])
 def test_to_module_generates_what_the_greedy_loop_does(form: str) -> None:
     opt, ids = optimized(form), tokens(2, 8)
     module = opt.to_module()
@@ -178,7 +178,7 @@ def test_gates_of_keys_before_rotary_have_no_module_form() -> None:
 # --------------------------------------------------------------------------------------------- life of a model
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["landmark", "gated delta"])
 def test_it_trains_and_casts(form: str) -> None:
     opt, ids = copy.deepcopy(optimized(form)), tokens(2, 12)
     own = {n: p for n, p in opt.named_parameters() if n.rpartition(".")[0].endswith("self_attn")}
@@ -187,11 +187,10 @@ def test_it_trains_and_casts(form: str) -> None:
     still = [n for n, p in own.items() if p.grad is None or not bool(torch.isfinite(p.grad).all())]
     assert own and not still
     expected = logits(opt.eval(), ids)
-    for dtype in (torch.float16, torch.bfloat16):
-        result = logits(opt.to(dtype), ids)
-        assert result.dtype == dtype
-        # eager loses as much on the original model: bf16 has 8 bits, and the logits are below 1
-        torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.02)
+    result = logits(opt.to(torch.bfloat16), ids)
+    assert result.dtype == torch.bfloat16
+    lost = (logits(copy.deepcopy(llama()).to(torch.bfloat16), ids).float() - logits(llama(), ids)).abs().max()
+    assert (result.float() - expected).abs().max() <= 2 * lost
 
 
 def test_it_saves_and_loads(tmp_path: Path) -> None:
@@ -217,11 +216,11 @@ def test_parameters_are_named_after_the_attention_and_the_report_has_the_errors(
 def test_bidirectional_attention_of_an_encoder() -> None:
     torch.manual_seed(0)
     config = hf.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40,
         max_position_embeddings=32,
     )  # fmt: skip
     model = hf.BertModel(config).eval()
-    opt = rewriter.optimize(model, [LinearAttention(min_length=None)], calibration=[tokens()], expect={"linear_attention": 2})
+    opt = rewriter.optimize(model, [LinearAttention(min_length=None)], calibration=[tokens()], expect={"linear_attention": 1})
     ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, 6:] = 0
     with torch.no_grad():
@@ -245,6 +244,26 @@ def test_gpt2_in_training_drops_out() -> None:
     assert torch.equal(logits(opt, ids), logits(opt, ids))
     opt.train()
     assert not torch.equal(logits(opt, ids), logits(opt, ids))
+
+
+class Cross(nn.Module):
+    """Queries of one sequence, keys and values of another."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q, k = x.unflatten(-1, (2, 4)).transpose(1, 2), y.unflatten(-1, (2, 4)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+
+
+def test_cross_attention_forgets_the_order_of_its_keys() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 7, 8, generator=g), torch.randn(4, 11, 8, generator=g)
+    opt = rewriter.optimize(
+        Cross(), [LinearAttention(min_length=None)], (x, y), calibration=[(x, y)], expect={"linear_attention": 1}
+    )
+    expected = opt(x, y)
+    torch.testing.assert_close(opt(x, y.flip(1)), expected, rtol=0, atol=2e-6)
+    near = (expected - Cross()(x, y)).norm() / Cross()(x, y).norm()
+    assert near < 0.5 * (y.mean(1, keepdim=True) - Cross()(x, y)).norm() / Cross()(x, y).norm()
 
 
 class Attention(nn.Module):
@@ -294,14 +313,14 @@ def test_short_sequences_are_kept_and_the_report_says_so() -> None:
     assert not opt.plan.sites
     assert all("the rewrite pays from" in miss.reason and "have 24" in miss.reason for miss in opt.report.misses)
     plan = rewriter.optimize(llama(), [LinearAttention(min_length=LENGTH, window=4)], calibration=[tokens()]).plan
-    assert len(plan.sites) == 2
+    assert len(plan.sites) == 1
 
 
 def test_the_most_sensitive_attention_is_kept() -> None:
     every = LinearAttention(min_length=None, window=4, feature_map="elu")
-    errors = {s.paths: s.figures["output_error"] for s in rewriter.optimize(llama(), [every], calibration=[tokens()]).report.sites}
+    errors = {s.paths: s.figures["output_error"] for s in rewriter.optimize(llama(2), [every], calibration=[tokens()]).report.sites}
     half = LinearAttention(min_length=None, window=4, feature_map="elu", keep_softmax_every=2, keep="sensitivity")
-    (site,) = rewriter.optimize(llama(), [half], calibration=[tokens()]).report.sites
+    (site,) = rewriter.optimize(llama(2), [half], calibration=[tokens()]).report.sites
     assert errors[site.paths] == min(errors.values()) < max(errors.values())
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rewriter import calibration
 from rewriter.errors import PlanError
 from rewriter.passes.linear_attention import fitting, landmarks
 from rewriter.passes.linear_attention.fitting import Sequences, Shape
@@ -147,3 +148,29 @@ def test_the_same_draw_gives_the_same_fit() -> None:
 
     for a, b in zip(fitted().values(), fitted().values(), strict=True):
         assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------- the statistics
+
+
+def test_sequences_are_thinned_evenly_and_alike_at_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole inputs, every stride-th one, whatever the batches they came in and whatever else the value holds."""
+    monkeypatch.setattr(calibration, "SEQUENCE_TOKENS", 4 * 10)
+    tokens = torch.arange(16 * 10).reshape(16, 10)
+    wide = tokens.reshape(16, 1, 10, 1).expand(16, 2, 10, 3).float()
+    kept = []
+    for sizes in ([16], [4] * 4, [1, 7, 8]):
+        ids, states = calibration._Sequences(), calibration._Sequences()
+        for a, b in zip(tokens.split(sizes), wide.split(sizes), strict=True):
+            ids.add(a)
+            states.add(b)
+        assert torch.equal(ids.result().float(), states.result()[:, 0, :, 0])
+        kept.append(ids.result()[:, 0])
+    assert all(torch.equal(rows, torch.tensor([0, 40, 80, 120])) for rows in kept)
+
+
+def test_sequences_have_one_length() -> None:
+    sequences_of = calibration._Sequences()
+    sequences_of.add(torch.zeros(1, 2, 10, 3))
+    with pytest.raises(PlanError, match="differ in length \\(10 and 9\\)"):
+        sequences_of.add(torch.zeros(1, 2, 9, 3))

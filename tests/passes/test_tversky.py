@@ -132,7 +132,8 @@ def test_exact_initialisations_pass_the_golden_run(case: str, dtype: torch.dtype
     build, one, sites = EXACT[case]
     before, after = rewritten(build().to(dtype), one, tokens())
     assert sum(n.target is torch.ops.rewriter.tversky.default for n in after.graph.nodes) >= sites
-    rewriter.verify(before, after, [(tokens(seed),) for seed in (1, 2)]).raise_if_failed()
+    inputs = [(tokens(1),), (tokens(2, rows=5),)]  # also of another size than it was captured with
+    rewriter.verify(before, after, inputs).raise_if_failed()
 
 
 def test_the_signed_pair_says_that_it_saves_nothing() -> None:
@@ -323,7 +324,7 @@ def single_error(one: Tversky) -> float:
         warnings.simplefilter("ignore", UntrainedWarning)
         opt = rewriter.optimize(layer, [one], (torch.randn(4, 64, generator=g),))
     target = layer(x) - layer.bias
-    return float((opt(x) - layer.bias - target).detach().norm() / target.norm())
+    return float(((opt(x) - layer.bias - target).norm() / target.norm()).detach())
 
 
 @pytest.mark.parametrize("intersection", ["product", "min", "gmean", "mean", "max", "softmin"])
@@ -333,6 +334,13 @@ def test_a_single_pass_starts_near_the_layer(intersection: str) -> None:
     if intersection == "product":
         assert error == pytest.approx(math.sqrt((1 - 2 / math.pi) * (1 - 1 / math.pi) / 2), abs=0.02)
     assert error < 0.9
+
+
+def test_the_error_on_calibration_inputs_is_reported() -> None:
+    """Of inputs that the coefficients were not fitted to."""
+    rows = [tokens(seed, rows=200) for seed in range(1, 4)]
+    opt = optimised(small(), Tversky(init="single"), calibration=rows)
+    assert all(0.1 < site.figures["output_error"] < 0.6 for site in opt.report.sites)
 
 
 def test_fewer_features_start_further_away() -> None:
@@ -359,7 +367,7 @@ def test_a_single_pass_learns() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert sum(losses[-5:]) < 2 / 3 * sum(losses[:5])
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rewriter
+from rewriter.passes import Tversky
 from rewriter.passes.tversky.annealing import Annealing, distillation, exact_pair, negatives, single_pass
 from rewriter.passes.tversky.modules import Similarity, TverskyProjection
 from rewriter.passes.tversky.salience import (
@@ -118,7 +120,7 @@ def test_contributions_add_up_to_the_similarity(intersection: str, difference: s
         drawn(5, 3), drawn(6, 3, seed=1), one, alpha, one * 0.4, negative if pair else None, similarity=similarity
     )
     for x in drawn(4, 3, seed=2):
-        expected = projection(x)
+        expected = projection(x).detach()
         for prototype in range(6):
             parts = contributions(projection, x, prototype).detach()
             assert parts.shape == ((10,) if pair else (5,))
@@ -233,3 +235,15 @@ def test_annealing_needs_pairs_and_batches() -> None:
     with pytest.raises(ValueError, match="still has c = 1"):
         single_pass(with_pairs(teacher))
     assert len(negatives(student)) == 2
+
+
+def test_annealing_a_rewritten_model_and_its_module() -> None:
+    teacher = two_layers()
+    x = drawn(64, 6, dtype=torch.float32)
+    opt = rewriter.optimize(teacher, passes=[Tversky(init="signed_pair")], example_inputs=(x,))
+    assert torch.allclose(opt(x), teacher(x), atol=1e-6)
+    Annealing(30).run(opt, teacher, [x] * 30, torch.optim.Adam(opt.parameters(), lr=1e-2))
+    assert [float(c) for c in negatives(opt)] == [0.0, 0.0]
+    module = opt.to_module()
+    single_pass(module)
+    assert torch.allclose(module(x), opt(x), atol=1e-6)
