@@ -98,10 +98,23 @@ def is_persistent(root: nn.Module, name: str) -> bool:
 
 
 def share(tensor: Tensor, *, parameter: bool | None = None) -> Tensor:
-    """A tensor of one's own that shares memory with ``tensor`` until either is written (copy on write)."""
-    own: Tensor = torch._lazy_clone(tensor.detach())
+    """A tensor of one's own that shares memory with ``tensor`` until either is written (copy on write).
+
+    Memory that torch did not allocate itself, as a file mapped by safetensors, cannot be shared so, and is copied.
+    """
+    own = _lazy_clone(tensor.detach())
     is_parameter = isinstance(tensor, nn.Parameter) if parameter is None else parameter
     return nn.Parameter(own, requires_grad=tensor.requires_grad) if is_parameter else own
+
+
+def _lazy_clone(tensor: Tensor) -> Tensor:
+    try:
+        lazy: Tensor = torch._lazy_clone(tensor)
+    except RuntimeError as error:
+        if "storage != nullptr" not in str(error):
+            raise
+        return tensor.clone()
+    return lazy
 
 
 def shared(root: nn.Module) -> Namespace:

@@ -13,12 +13,14 @@ import textwrap
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import rewriter
 from rewriter import errors
@@ -342,3 +344,14 @@ def test_later_calls_do_not_disturb_the_generators_either(plan: str) -> None:
     before = torch.get_rng_state()
     kinds.calls("llama")["labels"](opt)  # captures
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_whose_weights_are_a_mapped_file_is_taken_and_stays_untouched() -> None:
+    """torch cannot share such memory until it is written, and says so with an internal error."""
+    model = AutoModelForCausalLM.from_pretrained(Path(__file__).parents[2] / "examples" / "tiny_lm").eval()  # the checkpoint's own dtype: nothing was converted
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    opt = rewriter.optimize(model, ["fuse"])
+    with torch.no_grad():
+        for parameter in opt.parameters():
+            parameter.zero_()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
