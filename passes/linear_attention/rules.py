@@ -215,7 +215,7 @@ class LinearAttentionRule(Rule):
         return found
 
     def _shape(self, form: Form) -> Shape:
-        return Shape(form.scale, form.window, form.block, form.sinks, form.causal, form.gate == "fixed")
+        return Shape(form.scale, form.window, form.block, form.sinks, form.causal, form.gate == "fixed", form.anchor)
 
     def _sequences(self, site: Site, statistics: Statistics) -> Sequences:
         """Calibration sequences without padding. Raises PlanError."""

@@ -35,7 +35,7 @@ def test_passes_are_listed_with_contract_and_options(run: Run) -> None:
         ("canonical", "EXACT", "Replace written-out norms, activations, softmaxes and losses by single operators."),
         ("fold", "EXACT", "Fold norms and linears into the linears next to them; new weights are computed in float64"),
         ("fuse", "EXACT", "Fuse written-out attention into one operator, and q, k, v or gate, up linears of one input"),
-        ("shift_add", "CALIBRATED", "Store linear weights as sums of signed bases (bcq) or signed powers of two (pot)"),
+        ("shift_add", "CALIBRATED", "Store linear weights in a few bits, as sums of signed bases or powers of two"),
         ("simplify", "EXACT", "Remove what computes nothing new."),
         ("vq_logits", "CALIBRATED", "Replace the vocabulary head by a codebook: logits from sums of table look-ups"),
     ],

@@ -348,7 +348,8 @@ def test_later_calls_do_not_disturb_the_generators_either(plan: str) -> None:
 
 def test_a_model_whose_weights_are_a_mapped_file_is_taken_and_stays_untouched() -> None:
     """torch cannot share such memory until it is written, and says so with an internal error."""
-    model = AutoModelForCausalLM.from_pretrained(Path(__file__).parents[2] / "examples" / "tiny_lm").eval()  # the checkpoint's own dtype: nothing was converted
+    folder = Path(__file__).parents[2] / "examples" / "tiny_lm"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()  # in its own dtype: nothing was converted
     before = {n: t.clone() for n, t in model.state_dict().items()}
     opt = rewriter.optimize(model, ["fuse"])
     with torch.no_grad():

@@ -97,11 +97,12 @@ def test_on_calibration_data_the_hybrid_is_never_worse_than_its_window(
     assert figures["output_error"] <= figures["window_error"]
 
 
-def test_the_measured_error_is_that_of_the_operator() -> None:
+@pytest.mark.parametrize(("name", "anchor"), [("landmark", "none"), ("hedgehog", "max")])
+def test_the_measured_error_is_that_of_the_operator(name: str, anchor: str) -> None:
     """The figures come from sampled queries and a formula of their own; the operator on all of them says the same."""
-    data, shape = sequences(1, length=48), Shape(0.35, 8)
-    found = fitting.fit(data, shape, "landmark", 8, draw(0))
-    form = Form("landmark", shape.scale, 8, "sliding", 0, "none", True, 4)
+    data, shape = sequences(1, length=48), Shape(0.35, 8, anchor=anchor)
+    found = fitting.fit(data, shape, name, 8, draw(0))
+    form = Form(name, shape.scale, 8, "sliding", 0, anchor, True, 4)
     out = form.call(data.q, data.k, data.v, None, dict(found.tensors) | {"window_gate": torch.ones(4)})[0]
     exact = torch.nn.functional.scaled_dot_product_attention(
         data.q, data.k, data.v, is_causal=True, scale=shape.scale, enable_gqa=True
