@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rewriter.reports import Measurement, Report
     from rewriter.verification import Verification
 
+_TWIN = "_dense"  # the same figure of what the site was, named so in the JSON
+_WORDS = {"kl": "KL", "pj": "energy of"}
 _CONTRACT_STYLE = {"EXACT": "green", "BOUNDED": "cyan", "CALIBRATED": "yellow", "LEARNED": "red"}
 # What a choice records about the site itself; the rest of it was chosen.
 _GIVEN = frozenset({"in_features", "has_bias", "transposed"})
@@ -86,10 +88,13 @@ def _sites(sites: Sequence[SiteResult]) -> Iterator[RenderableType]:
         title = Text.assemble((rule, "bold"), " · ", contract(promise), f" · {counted(len(members), 'site')}")
         yield title.append(f" · {choices[0]}", style="dim") if len(choices) == 1 and choices[0] else title
         yield _rule_table(members, min(widest, 48), choices if len(choices) > 1 else [])
+        if (totals := _totals(members)) is not None:
+            yield totals
 
 
 def _rule_table(members: Sequence[SiteResult], width: int, choices: Sequence[str]) -> Table:
-    figures = list(dict.fromkeys(name for s in members for name in s.figures))
+    names = dict.fromkeys(name for s in members for name in s.figures)
+    figures = [name for name in names if not name.endswith(_TWIN) and name + _TWIN not in names]
     sized = any(s.created for s in members)
     numbers = [*(["before", "after"] if sized else []), *map(_title, figures)]
     rows = table("site", *numbers, *(["choice"] if choices else []), right=numbers, widths=[width])
@@ -107,12 +112,22 @@ def _path(site: SiteResult) -> str:
 
 
 def _title(figure: str) -> str:
-    return " ".join("KL" if word == "kl" else word for word in figure.split("_"))
+    return " ".join(_WORDS.get(word, word) for word in figure.split("_"))
 
 
 def _figure(name: str, value: float) -> str:
     """Errors are fractions and read as percent; everything else has the unit its name says."""
     return f"{100 * value:.1f} %" if name.endswith("error") else f"{value:.4g}"
+
+
+def _totals(members: Sequence[SiteResult]) -> Text | None:
+    """Figures that stand beside their twin of the original, summed over the sites, as multiples of it."""
+    names = dict.fromkeys(name for s in members for name in s.figures if name + _TWIN in s.figures)
+    parts = []
+    for name in names:
+        after, before = (sum(s.figures.get(n, 0.0) for s in members) for n in (name, name + _TWIN))
+        parts.append(f"{_title(name)} ×{after / before:.2f}" if before else f"{_title(name)} {after:.4g}")
+    return Text(f" {', '.join(parts)}, of the original", style="dim") if parts else None
 
 
 def _sizes(report: Report) -> Table:

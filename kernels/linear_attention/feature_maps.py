@@ -36,33 +36,37 @@ from rewriter.kernels.linear_attention.layout import wide
 Init = Callable[[int, int, torch.Generator], tuple[Tensor, ...]]
 
 
-def _wide(x: Tensor) -> Tensor:
+LARGEST = 60.0  # exponents end here where nothing else bounds them: e^60 times e^20 still fits into float32
+
+
+def widened(x: Tensor) -> Tensor:
+    """float32, or float64 for float64: the dtype of features."""
     return x.to(wide(x.dtype))
 
 
 def elu(x: Tensor) -> Tensor:
     """φ(x) = elu(x) + 1."""
-    return F.elu(_wide(x)) + 1
+    return F.elu(widened(x)) + 1
 
 
 def relu(x: Tensor) -> Tensor:
     """φ(x) = relu(x)."""
-    return F.relu(_wide(x))
+    return F.relu(widened(x))
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """φ(x) = relu(x)²."""
-    return F.relu(_wide(x)).square()
+    return F.relu(widened(x)).square()
 
 
 def softmax(x: Tensor) -> Tensor:
     """φ(x) = softmax over the features."""
-    return torch.softmax(_wide(x), dim=-1)
+    return torch.softmax(widened(x), dim=-1)
 
 
 def identity(x: Tensor) -> Tensor:
     """φ(x) = x."""
-    return _wide(x)
+    return widened(x)
 
 
 def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
@@ -78,8 +82,8 @@ def hedgehog_fla(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def hedgehog_exp(x: Tensor, weight: Tensor) -> Tensor:
-    """φ(x) = exp(x W) ⊕ exp(−x W); weight ``[H, D, M]``."""
-    y = _projected(x, weight)
+    """φ(x) = exp(x W) ⊕ exp(−x W), exponents within ±`LARGEST`; weight ``[H, D, M]``."""
+    y = _projected(x, weight).clamp(-LARGEST, LARGEST)
     return torch.cat([y.exp(), (-y).exp()], dim=-1)
 
 
@@ -93,13 +97,13 @@ def favor(x: Tensor, projection: Tensor) -> Tensor:
 
     The exponent is at most ‖ω‖²/2, about D/2: no overflow in float32 up to D = 128.
     """
-    exponent = _projected(x, projection) - _wide(x).square().sum(-1, keepdim=True) / 2
+    exponent = _projected(x, projection) - widened(x).square().sum(-1, keepdim=True) / 2
     return exponent.exp() * projection.shape[-1] ** -0.5
 
 
 def nala_queries(q: Tensor) -> Tensor:
     """φ(q) = [relu(q̂)^p ; relu(−q̂)^p] with q̂ = q/‖q‖ and p = 3 (1/2 + tanh ‖q‖) between 3/2 and 9/2."""
-    q = _wide(q)
+    q = widened(q)
     # The norm of a zero vector has no gradient; a zero query has the features of none.
     square = q.square().sum(-1, keepdim=True)
     norm = torch.where(square > 0, square, 1.0).sqrt()
@@ -111,7 +115,7 @@ def nala_queries(q: Tensor) -> Tensor:
 
 def nala_keys(k: Tensor) -> Tensor:
     """φ(k) = [relu(k³) ; relu(−k³)]."""
-    cube = _wide(k) ** 3
+    cube = widened(k) ** 3
     return torch.cat([F.relu(cube), F.relu(-cube)], dim=-1)
 
 
@@ -129,7 +133,7 @@ def cosformer(x: Tensor, position: Tensor, horizon: int) -> Tensor:
     """
     angle = position.to(wide(x.dtype)) * (math.pi / (2 * horizon))
     angle = angle[:, None, :, None] if position.dim() == 2 else angle[:, None]
-    y = F.relu(_wide(x))
+    y = F.relu(widened(x))
     return torch.cat([y * angle.cos(), y * angle.sin()], dim=-1)
 
 
@@ -151,7 +155,7 @@ def rala_keys(q: Tensor, k: Tensor, keep: Tensor | None, scale: float) -> Tensor
 
 def slab_keys(k: Tensor, position: Tensor) -> Tensor:
     """φ(k) = relu(k + position): SLAB's simplified linear attention, position ``[T, D]`` or ``[H, T, D]``."""
-    return F.relu(_wide(k) + position)
+    return F.relu(widened(k) + position)
 
 
 # -- beside the maps ---------------------------------------------------------------------------------------------
@@ -159,19 +163,19 @@ def slab_keys(k: Tensor, position: Tensor) -> Tensor:
 
 def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / √(‖x‖² + eps): the keys of the delta rule."""
-    x = _wide(x)
+    x = widened(x)
     return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
 
 
 def output_norm(out: Tensor, eps: float = 1e-6) -> Tensor:
     """o / rms(o) over the head dimension: TransNormer's stand-in for the normaliser (`normalise="none"`)."""
-    y = _wide(out)
+    y = widened(out)
     return (y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()).to(out.dtype)
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W (+ b) per head."""
-    y = _wide(x) @ weight.to(wide(x.dtype))
+    y = widened(x) @ weight.to(wide(x.dtype))
     return y if bias is None else y + bias.to(y.dtype).unsqueeze(-2)
 
 
@@ -241,10 +245,10 @@ MAPS: dict[str, FeatureMap] = {
     "relu": FeatureMap(relu, relu),
     "squared_relu": FeatureMap(squared_relu, squared_relu),
     "softmax": FeatureMap(softmax, softmax),
-    "hedgehog": FeatureMap(hedgehog, hedgehog, ("weight",), _double, init=_eye),
-    "hedgehog_fla": FeatureMap(hedgehog_fla, hedgehog_fla, ("weight", "bias"), _double, init=_eye_and_bias),
-    "hedgehog_exp": FeatureMap(hedgehog_exp, hedgehog_exp, ("weight",), _double, init=_eye),
-    "t2r": FeatureMap(t2r, t2r, ("weight", "bias"), init=_kaiming_and_bias),
+    "hedgehog": FeatureMap(hedgehog, hedgehog, ("map",), _double, init=_eye),
+    "hedgehog_fla": FeatureMap(hedgehog_fla, hedgehog_fla, ("map", "bias"), _double, init=_eye_and_bias),
+    "hedgehog_exp": FeatureMap(hedgehog_exp, hedgehog_exp, ("map",), _double, init=_eye),
+    "t2r": FeatureMap(t2r, t2r, ("map", "bias"), init=_kaiming_and_bias),
     "favor": FeatureMap(favor, favor, ("projection",), _double, init=lambda h, d, g: (orthogonal_features(h, d, g),)),
     "nala": FeatureMap(nala_queries, nala_keys, width=_double),
     "identity": FeatureMap(identity, identity, positive=False),

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from rewriter.errors import PlanError
 from rewriter.passes.linear_attention.maps import MAPS
-from rewriter.passes.linear_attention.rules import LinearAttentionRule
+from rewriter.passes.linear_attention.rules import LinearAttentionRule, UntrainedRule
 from rewriter.registry import nearest, register
 from rewriter.rules import CALIBRATED, Contract, Pass, Rule
 
@@ -25,8 +25,13 @@ class LinearAttention(Pass):
     """Softmax attention becomes linear attention, with softmax kept in a window before each query.
 
     Attributes:
-        feature_map: φ of the linear branch: ``"landmark"`` (typical queries, placed by calibration), ``"hedgehog"``,
-            ``"elu"``, ``"relu"``, ``"squared_relu"``; see `rewriter.passes.linear_attention.maps`.
+        feature_map: φ of the linear branch: ``"landmark"`` (typical queries, placed by calibration), ``"elu"``,
+            ``"relu"``, ``"squared_relu"``, ``"softmax"``, ``"hedgehog"`` (LoLCATs), ``"hedgehog_fla"``,
+            ``"hedgehog_exp"``, ``"t2r"``, ``"favor"`` (Performer), ``"nala"`` (NaLaFormer), ``"slab"``, ``"cosformer"``,
+            ``"identity"`` (TransNormer: a norm of the output, no window), ``"rala"`` (bidirectional attention only);
+            formulas and papers are in `rewriter.kernels.linear_attention.feature_maps`.
+        horizon: for ``"cosformer"`` and ``"slab"``, whose maps depend on positions: tokens of the longest sequence the
+            model will see. Positions beyond it count as the last.
         features: landmarks per key head; default 2 · head dim, Hedgehog's size.
         window: keys before each query that stay softmax, the query's own among them; None for none. Bidirectional
             attention (full and padding masks, cross-attention) never has one.
@@ -64,6 +69,7 @@ class LinearAttention(Pass):
     keep_softmax_every: int | None = None
     keep: str = "position"
     min_length: int | str | None = "auto"
+    horizon: int | None = None
 
     def __post_init__(self) -> None:
         for option, value, allowed in (
@@ -81,6 +87,7 @@ class LinearAttention(Pass):
                 )
         self._check_window()
         self._check_mixture()
+        self._check_map()
         if self.features is not None and (self.features < 1 or self.feature_map != "landmark"):
             raise PlanError("linear_attention: features= counts landmarks, at least 1; other maps have a size of their own")
         if not self._is_mixture and not self.calibrate and MAPS[self.feature_map].calibrated:
@@ -117,5 +124,22 @@ class LinearAttention(Pass):
         if self._is_mixture and (self.anchor != "none" or self.feature_map != "landmark"):
             raise PlanError("linear_attention: key gates and the delta rule have no feature map and no anchor to choose")
 
+    def _check_map(self) -> None:
+        chosen, name = MAPS[self.feature_map], self.feature_map
+        if chosen.positional and (self.horizon is None or self.horizon < 1):
+            raise PlanError(f"linear_attention: the map {name!r} needs horizon=, the tokens of the longest sequence")
+        if not chosen.positional and self.horizon is not None:
+            raise PlanError(f"linear_attention: horizon= is of maps with positions, and {name!r} has none")
+        if not chosen.positive and self.window is not None:
+            raise PlanError(
+                f"linear_attention: the weights of the map {name!r} may be negative, so that it has no normaliser to share "
+                "with a window; give window=None"
+            )
+        if not chosen.causal and (self.gate or self.sinks or self.block != "sliding" or self.anchor != "none"):
+            raise PlanError(
+                f"linear_attention: the map {name!r} is of bidirectional attention, which has neither gate, sinks, block "
+                "nor anchor to choose"
+            )
+
     def rules(self) -> tuple[Rule, ...]:
-        return (LinearAttentionRule(self),)
+        return (LinearAttentionRule(self) if self.calibrate else UntrainedRule(self),)

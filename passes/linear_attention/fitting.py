@@ -2,6 +2,7 @@
 """Per-head calibration of a hybrid: feature map, its scale and its weight against the window, by line search.
 
     o(c) = (1 − g) o_window + g o_linear,    g = σ(log c + log D_linear − lse_window)
+    o(c) = c · rms_norm(Σ φ_q·φ_k v)         for maps without a normaliser: c by least squares
 
 For queries of whole calibration sequences the softmax over the window (o_window, lse_window), the softmax over all keys
 (o) and the linear branch (o_linear, and its mass D_linear) are computed, and c is what minimises Σ ‖o(c) − o‖², with
@@ -21,12 +22,14 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import PlanError
+from rewriter.kernels.linear_attention.feature_maps import output_norm
 from rewriter.passes.linear_attention import landmarks
 from rewriter.passes.linear_attention.form import Form
-from rewriter.passes.linear_attention.maps import MAPS
+from rewriter.passes.linear_attention.maps import MAPS, Tokens
 
 QUERIES = 8192  # queries of one head that are looked at; half of them place landmarks, the others choose
-SHARPNESS = {"landmark": (1.0, 2.0, 4.0, 8.0, 16.0), "hedgehog": (0.125, 0.25, 0.5, 1.0)}
+_SOFTMAXES = dict.fromkeys(("hedgehog", "hedgehog_fla", "hedgehog_exp"), (0.125, 0.25, 0.5, 1.0))
+SHARPNESS = {"landmark": (1.0, 2.0, 4.0, 8.0, 16.0)} | _SOFTMAXES  # of the queries; the keys' W starts at the identity
 SLOPES = (0.0, 1 / 512, 1 / 256, 1 / 128, 1 / 64)
 _LOG_SCALES = tuple(x / 8 for x in range(-24, 25))  # around the ratio of means
 _NOTHING = -1e30  # a score that no softmax sees
@@ -42,6 +45,7 @@ class Shape:
         causal: keys after the query are hidden.
         decays: the linear branch has a fixed decay per head.
         anchor: what the linear terms are measured against, as the operator has it.
+        horizon: positions that positional maps tell apart.
     """
 
     scale: float
@@ -51,6 +55,7 @@ class Shape:
     causal: bool = True
     decays: bool = False
     anchor: str = "none"
+    horizon: int = 0
 
     @property
     def reach(self) -> int:
@@ -86,6 +91,9 @@ class Probe:
     """Queries of one head, and what softmax gives them: ``[n, queries, ...]``."""
 
     q: Tensor
+    group: Tensor  # [n, heads, T, D]: all queries of all heads that share the key head
+    own: int  # which of these heads
+    at: Tensor  # [queries] positions
     k: Tensor
     v: Tensor
     distance: Tensor  # [queries, keys]
@@ -109,6 +117,8 @@ class Probe:
 def probe(data: Sequences, head: int, shape: Shape, at: Tensor) -> Probe:
     """What softmax attention gives the queries at positions ``at`` of one head."""
     q, k, v = data.q[:, head, at], data.k[:, head // data.groups], data.v[:, head // data.groups]
+    own = head % data.groups
+    group = data.q[:, head - own : head - own + data.groups]
     scores = shape.scale * q @ k.mT
     near, far = shape.masks(at, k.shape[1])
     soft = scores.masked_fill(~near, _NOTHING)
@@ -117,7 +127,7 @@ def probe(data: Sequences, head: int, shape: Shape, at: Tensor) -> Probe:
     distance = (at[:, None] - torch.arange(k.shape[1], device=at.device)).clamp_min(0)
     top = soft.amax(-1) if shape.anchor == "max" else torch.zeros_like(soft[..., 0])  # masses are e^top times these
     window_mass, far_mass = soft.logsumexp(-1) - top, scores.masked_fill(~far, _NOTHING).logsumexp(-1) - top
-    return Probe(q, k, v, distance, far, window, window_mass, far_mass, torch.softmax(whole, -1) @ v)
+    return Probe(q, group, own, at, k, v, distance, far, window, window_mass, far_mass, torch.softmax(whole, -1) @ v)
 
 
 def positions(shape: Shape, data: Sequences, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -193,14 +203,15 @@ def fit(data: Sequences, shape: Shape, feature_map: str, features: int, generato
     return SiteFit(tensors, _figures(heads, shape))
 
 
-def start(form: Form, key_heads: int, dim: int) -> dict[str, Tensor]:
-    """Where a site starts without calibration data: identity maps, branches on a par, β = ½, slopes 2^(−8h/H)."""
-    identity, heads = torch.eye(dim), form.heads
-    fmap = MAPS[form.feature_map]
-    tensors = {role: identity.expand(heads, dim, dim).clone() for role in fmap.query_roles}
-    tensors |= {role: identity.expand(key_heads, dim, dim).clone() for role in fmap.key_roles}
+def start(form: Form, key_heads: int, dim: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Where a site starts without calibration data: branches on a par, gains 1, β = ½, slopes 2^(−8h/H)."""
+    heads, fmap = form.heads, MAPS[form.feature_map]
+    tensors = {} if form.is_mixture else fmap.start(key_heads, dim, form.horizon, generator)
+    for role in fmap.query_roles if tensors else ():
+        tensors[role] = tensors[role].repeat_interleave(heads // key_heads, 0)
     return tensors | {
         "map_scale": torch.ones(heads),
+        "output_gain": torch.ones(heads),
         "window_share": torch.full((heads,), 0.5),
         "beta": torch.zeros(key_heads),
         "log_decay": -(2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)),
@@ -237,11 +248,11 @@ def _candidates(
         weights = torch.cat([p.share.reshape(-1) for p in probes]).clamp_min(1e-6).square()
         placed = landmarks.place(queries, weights, data.k[:, key_head].reshape(-1, dim), features, shape.scale, generator)
         return [placed.query_parameters(t) for t in SHARPNESS["landmark"]], placed.key_parameters()
-    if feature_map == "hedgehog":
-        # The scale that is searched is the queries'; the keys' W starts at the identity.
-        identity = torch.eye(dim)
-        return [{"query_map": t * identity} for t in SHARPNESS["hedgehog"]], {"key_map": identity}
-    return [{}], {}
+    fmap = MAPS[feature_map]
+    made = {role: value[0] for role, value in fmap.start(1, dim, shape.horizon, generator).items()}
+    of_query = {role: made[role] for role in fmap.query_roles}
+    sharper = [of_query | {"query_map": t * made["query_map"]} for t in SHARPNESS.get(feature_map, ())]
+    return sharper or [of_query], {role: made[role] for role in fmap.key_roles}
 
 
 def _best(
@@ -255,10 +266,15 @@ def _best(
     best: tuple[float, float, float, Mapping[str, Tensor]] | None = None
     slopes = SLOPES if shape.decays else (0.0,)
     for parameters, slope in itertools.product(candidates, slopes):
-        output, mass = _linear(seen, shape, feature_map, parameters, key_parameters, slope)
-        for log_scale, error in _line(seen, output, mass):
+        weight = _weights(seen, shape, feature_map, parameters | key_parameters, slope)
+        if MAPS[feature_map].positive:
+            found = ((error, math.exp(log_scale), parameters) for log_scale, error in _line(seen, *_average(seen, weight)))
+        else:
+            gain, error = _gain(seen, weight)
+            found = iter([(error, 1.0, parameters | {"output_gain": gain})])
+        for error, scale, chosen in found:
             if best is None or error < best[0]:
-                best = error, math.exp(log_scale), slope, parameters
+                best = error, scale, slope, chosen
     assert best is not None  # noqa: S101 - there is a candidate for every map
     error, scale, slope, parameters = best
     if shape.window and not error < seen.window_error:
@@ -267,21 +283,31 @@ def _best(
     return HeadFit(parameters, scale, slope, error, seen.window_error, power, share)
 
 
-def _linear(
-    seen: Probe,
-    shape: Shape,
-    feature_map: str,
-    parameters: Mapping[str, Tensor],
-    key_parameters: Mapping[str, Tensor],
-    slope: float,
-) -> tuple[Tensor, Tensor]:
-    """(o_linear ``[n, queries, Dv]``, log D_linear ``[n, queries]``) of one head."""
-    fmap = MAPS[feature_map]
-    q = fmap.query(seen.q.unsqueeze(1), shape.scale, *(parameters[r].unsqueeze(0) for r in fmap.query_roles)).squeeze(1)
-    k = fmap.key(seen.k.unsqueeze(1), shape.scale, *(key_parameters[r].unsqueeze(0) for r in fmap.key_roles)).squeeze(1)
+def _weights(
+    seen: Probe, shape: Shape, feature_map: str, parameters: Mapping[str, Tensor], slope: float
+) -> Tensor:
+    """e^(−slope · distance) φ_q(q)·φ_k(k) of one head beyond its window, ``[n, queries, keys]``."""
+    fmap, given = MAPS[feature_map], {role: value.unsqueeze(0) for role, value in parameters.items()}
+    key = seen.k.unsqueeze(1)
+    if fmap.whole:  # of whole sequences: all queries first, then those that are looked at
+        places = (torch.arange(seen.group.shape[2]), torch.arange(key.shape[2]))
+        q, k = fmap.features(Tokens(seen.group, key, shape.scale, position=places, horizon=shape.horizon), given)
+        q, k = q[:, seen.own, seen.at], k.squeeze(1)
+    else:
+        q, k = (x.squeeze(1) for x in fmap.features(Tokens(seen.q.unsqueeze(1), key, shape.scale), given))
     weight = (q @ k.mT) * seen.linear
-    if slope:
-        weight = weight * torch.exp(-slope * seen.distance)
+    return weight * torch.exp(-slope * seen.distance) if slope else weight
+
+
+def _gain(seen: Probe, weight: Tensor) -> tuple[Tensor, float]:
+    """(g, Σ ‖g · rms_norm(Σ φ_q·φ_k v) − o‖²), g by least squares."""
+    normed = output_norm(weight @ seen.v)
+    gain = (normed * seen.output).sum() / normed.square().sum().clamp_min(torch.finfo(normed.dtype).tiny)
+    return gain, float((gain * normed - seen.output).square().sum())
+
+
+def _average(seen: Probe, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(o_linear ``[n, queries, Dv]``, log D_linear ``[n, queries]``) of one head."""
     mass = weight.sum(-1)
     output = weight @ seen.v / mass.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(-1)
     return output, mass.clamp_min(torch.finfo(mass.dtype).tiny).log()

@@ -3,6 +3,7 @@
 
     hybrid     (Σ_near γ e^s v + m Σ_far φ_q(q)·φ_k(k) v) / (the same without v)    one normaliser; causal, with a window
     linear     Σ φ_q(q)·φ_k(k) v / Σ φ_q(q)·φ_k(k)                                  no window: every key is linear
+    unnormed   g · rms_norm(Σ φ_q(q)·φ_k(k) v)                                      weights that may be negative; no window
     mixture    g · softmax over the window + (1 − g) · recurrence over all keys      causal; Liger (arXiv 2503.01496), g = ½
 
 The recurrences of a mixture have no normaliser, and no parameters but the ones named here:
@@ -14,14 +15,15 @@ The recurrences of a mixture have no normaliser, and no parameters but the ones 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.kernels.linear_attention import op
-from rewriter.passes.linear_attention.maps import MAPS, wide
+from rewriter.kernels.linear_attention.feature_maps import output_norm, widened
+from rewriter.passes.linear_attention.maps import MAPS, Tokens
 
 CHUNK = 64  # queries per block of the operators
 _WINDOW_PAST = 7  # tensors that hybrid_attention hands on
@@ -43,6 +45,7 @@ class Form:
         heads: of queries.
         gate: None, ``"fixed"`` or ``"key"``.
         rule: ``"additive"`` or ``"delta"``.
+        horizon: positions that positional maps tell apart; 0 for other maps.
     """
 
     feature_map: str
@@ -55,6 +58,7 @@ class Form:
     heads: int
     gate: str | None = None
     rule: str = "additive"
+    horizon: int = 0
 
     @property
     def is_mixture(self) -> bool:
@@ -67,7 +71,13 @@ class Form:
         if self.is_mixture:
             return (("window_share",) if self.window else ()) + (("beta",) if self.rule == "delta" else ()) + decay
         fmap = MAPS[self.feature_map]
-        return fmap.query_roles + fmap.key_roles + (("window_gate", "map_scale") if self.window else ()) + decay
+        weights = ("window_gate", "map_scale") if self.window else () if fmap.positive else ("output_gain",)
+        return fmap.query_roles + fmap.key_roles + weights + decay
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Those of `roles` that do not train."""
+        return () if self.is_mixture else MAPS[self.feature_map].buffers
 
     def call(
         self,
@@ -92,17 +102,37 @@ class Form:
         """
         if self.is_mixture:
             return self._mixture(q, k, v, keep, tensors, plain or (q, k), past, with_state)
-        fmap = MAPS[self.feature_map]
-        maps = (
-            fmap.query(q, self.scale, *(tensors[role] for role in fmap.query_roles)),
-            fmap.key(k, self.scale, *(tensors[role] for role in fmap.key_roles)),
-        )
+        fmap, tokens = MAPS[self.feature_map], Tokens(q, k, self.scale, keep, horizon=self.horizon)
+        if not fmap.positional:
+            return self._mapped(tokens, v, tensors, past, with_state)
+        seen_q, seen_k = (self._count(x, keep, None if past is None else past[-1]) for x in (q, k))
+        tokens = replace(tokens, position=((seen_q - 1).clamp(min=0), (seen_k - 1).clamp(min=0)))
+        results = self._mapped(tokens, v, tensors, None if past is None else past[:-1], with_state)
+        return (*results, seen_k[:, -1])
+
+    def _mapped(
+        self, tokens: Tokens, v: Tensor, tensors: Mapping[str, Tensor], past: Past | None, with_state: bool
+    ) -> tuple[Tensor, ...]:
+        """Linear attention with a feature map: hybrid, linear or unnormed."""
+        fmap, q, keep = MAPS[self.feature_map], tokens.q, tokens.keep
+        maps = fmap.features(tokens, tensors)
         decay = tensors["log_decay"] if self.gate == "fixed" else None
-        if not self.window:
-            out, *left = self._linear(*maps, v, decay, keep, past, "sum")
-            return (out.to(q.dtype), *left)
-        weights = (tensors["window_gate"], tensors["map_scale"], decay)
-        return self._windowed((q, k, v), maps, weights, keep, past, with_state)
+        if self.window:
+            weights = (tensors["window_gate"], tensors["map_scale"], decay)
+            return self._windowed((q, tokens.k, v), maps, weights, keep, past, with_state)
+        out, *left = self._linear(*maps, v, decay, keep, past, "sum" if fmap.positive else "none")
+        if not fmap.positive:
+            out = output_norm(out) * tensors["output_gain"].to(out.dtype).reshape(1, -1, 1, 1)
+        return (out.to(q.dtype), *left)
+
+    def _count(self, x: Tensor, keep: Tensor | None, seen: Tensor | None) -> Tensor:
+        """int64 ``[B, T]``: tokens of x up to each, itself too; real ones alone where causal, on from ``seen [B]``."""
+        # Summed, not counted from a size: sizes are no values of a graph that serves every length.
+        ones = torch.ones_like(x.select(1, 0).select(-1, 0), dtype=torch.int64)
+        if self.causal and keep is not None:
+            ones = ones * keep
+        count = ones.cumsum(-1)
+        return count if seen is None else count + seen.unsqueeze(-1)
 
     def _windowed(
         self,
@@ -148,14 +178,14 @@ class Form:
         split = _WINDOW_PAST if self.window else 0
         memory = None if past is None else past[split:]
         if self.rule == "delta":
-            unit_q, unit_k = F.normalize(wide(q), dim=-1), F.normalize(wide(k), dim=-1)
+            unit_q, unit_k = F.normalize(widened(q), dim=-1), F.normalize(widened(k), dim=-1)
             beta = torch.zeros_like(unit_k[..., 0]) + tensors["beta"].to(unit_k.dtype).sigmoid().unsqueeze(-1)
             decay = tensors["log_decay"] if self.gate == "fixed" else None
             state = None if memory is None else memory[0]
             recurrent, *left = op.delta_attention(unit_q, unit_k, v, beta, decay, keep, state, 1.0, CHUNK)
         else:
-            gates = F.logsigmoid(wide(plain[1])) * _GATE_POWER
-            soft_q, soft_k = wide(plain[0]).softmax(-1), wide(plain[1]).softmax(-1)
+            gates = F.logsigmoid(widened(plain[1])) * _GATE_POWER
+            soft_q, soft_k = widened(plain[0]).softmax(-1), widened(plain[1]).softmax(-1)
             recurrent, *left = self._linear(soft_q, soft_k, v, gates, keep, memory, "none")
         recurrent = recurrent.to(q.dtype)
         if not self.window:

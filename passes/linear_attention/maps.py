@@ -1,32 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""exp(s) ≈ φ_q(q) · φ_k(k) ≥ 0,  s = scale · q·k: the feature maps a site can have, and where their parameters start.
+"""exp(s) ≈ φ_q(q) · φ_k(k),  s = scale · q·k: the feature maps a site can have, and where their parameters start.
 
     landmark       φ_k(k)_i = exp(scale · c_i·k − o_i),   φ_q(q)_i = softmax_i(−τ/2 · scale² ‖q − c_i‖²) · e^(o_i + g_i·(q − c_i))
-    hedgehog       φ(x) = softmax(x W) ⊕ softmax(−x W)              W per head, starts at τ · identity
-    elu            φ(x) = elu(√scale · x) + 1
-    relu           φ(x) = relu(√scale · x)
-    squared_relu   φ(x) = relu(√scale · x)²
+    rala           φ = elu + 1, keys weighted by N · softmax_j(scale · q̄·φ(k_j)): bidirectional only
+    slab           φ_q(q) = relu(√scale q),  φ_k(k_j) = relu(√scale k_j + p_j),  a table p that starts at zero
+    cosformer      φ(x_i) = relu(√scale x_i) ⊗ [cos θ_i, sin θ_i],  θ_i = π i / (2 · horizon)
+    all others     as `rewriter.kernels.linear_attention.feature_maps` has them, of √scale · x; where x is projected by
+                   a W that is learned (hedgehog, t2r), of x itself: W takes the scale up
 
 Landmarks c_i are typical queries. Each keeps its own softmax over the keys, exactly; a query reads the mixture of those
 of the landmarks near it, and its mass is corrected to first order: g_i = scale · (mean key that c_i attends to) is the
 gradient of log Σ_j exp(scale · c·k_j) at c_i. So the map is a partition of unity over attention patterns that occur.
 It is placed in closed form (`rewriter.passes.linear_attention.landmarks`) and can be trained on like any other.
 
-Hedgehog is LoLCATs' convention (two softmaxes, arXiv 2402.04347 and 2410.10254); elu: arXiv 2006.16236.
-The functions work on ``[batch, heads, time, D]`` and per-head parameters ``[heads, D, F]`` and ``[heads, F]``; features
-are float32 (float64 for float64), since they are exponentials.
+The maps work on ``[batch, heads, time, D]`` and per-head parameters ``[heads, D, F]`` and ``[heads, F]``; features are
+float32 (float64 for float64), since many are exponentials. Queries start with the parameters of their key head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-LARGEST = 60.0  # exponents of features end here: e^60 times e^20 still fits into float32
+from rewriter.kernels.linear_attention import feature_maps
+from rewriter.kernels.linear_attention.feature_maps import LARGEST, widened
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What features are made of.
+
+    Attributes:
+        q, k: ``[B, H, T, D]`` and ``[B, Hk, S, D]``.
+        scale: of the scores.
+        keep: bool ``[B, S]``, False at padding; None for none.
+        position: of the queries and of the keys, int64 ``[T]`` or ``[B, T]``; given to positional maps.
+        horizon: positions that positional maps tell apart; later ones count as the last.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    keep: Tensor | None = None
+    position: tuple[Tensor, Tensor] | None = None
+    horizon: int = 0
+
+    @property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        if self.position is None:
+            raise ValueError("a positional map was given no positions")
+        return self.position
+
+
+Features = Callable[[Tokens, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+Start = Callable[[int, int, int, torch.Generator], dict[str, Tensor]]
+
+
+def _nothing(heads: int, dim: int, horizon: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -34,22 +68,31 @@ class FeatureMap:
     """One kind of feature map.
 
     Attributes:
-        query, key: ``(x, scale, *parameters) -> features [batch, heads, time, F]``.
-        query_roles, key_roles: names of the parameters, in the order the functions take them. Those of keys have one
-            entry per key head, those of queries one per query head.
-        calibrated: whether the parameters only make sense when they are placed from data.
+        features: ``(tokens, parameters by role)`` -> features of the queries ``[B, H, T, F]`` and keys ``[B, Hk, S, F]``.
+        query_roles: names of the parameters with one entry per query head.
+        key_roles: names of those with one entry per key head.
+        buffers: names among them that do not train.
+        start: ``(key heads, D, horizon, generator)`` -> parameters of the key heads, and of a query head each has.
+        width: F of D where the map starts.
+        calibrated: the parameters only make sense when they are placed from data.
+        positive: no weight is negative. Without it there is no normaliser, but a norm of the output with a fitted gain,
+            and nothing to share with a window.
+        positional: the map reads positions.
+        whole: features of one token depend on others, or on its position.
+        causal: can be used where later keys are hidden.
     """
 
-    query: Callable[..., Tensor]
-    key: Callable[..., Tensor]
+    features: Features
     query_roles: tuple[str, ...] = ()
     key_roles: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    start: Start = _nothing
+    width: Callable[[int], int] = lambda dim: dim
     calibrated: bool = False
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32, or float64 for float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    positive: bool = True
+    positional: bool = False
+    whole: bool = False
+    causal: bool = True
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -57,46 +100,92 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x @ weight.to(x.dtype) + bias.to(x.dtype).unsqueeze(1)
 
 
-def _landmark_query(
-    q: Tensor, scale: float, choice: Tensor, choice_bias: Tensor, gain: Tensor, gain_bias: Tensor
-) -> Tensor:
-    q = wide(q)
-    near = torch.log_softmax(_affine(q, choice, choice_bias), -1)
-    return (near + _affine(q, gain, gain_bias)).clamp(max=LARGEST).exp()
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return widened(x) * scale**0.5
 
 
-def _landmark_key(k: Tensor, scale: float, weight: Tensor, bias: Tensor) -> Tensor:
-    return _affine(wide(k), weight, bias).clamp(max=LARGEST).exp()
+def _landmark(tokens: Tokens, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    q, k = widened(tokens.q), widened(tokens.k)
+    near = torch.log_softmax(_affine(q, given["choice_weight"], given["choice_bias"]), -1)
+    mixed = near + _affine(q, given["gain_weight"], given["gain_bias"])
+    seen = _affine(k, given["key_weight"], given["key_bias"])
+    return mixed.clamp(max=LARGEST).exp(), seen.clamp(max=LARGEST).exp()
 
 
-def _hedgehog(x: Tensor, scale: float, weight: Tensor) -> Tensor:
-    x = wide(x)
-    y = x @ weight.to(x.dtype)
-    return torch.cat([torch.softmax(y, -1), torch.softmax(-y, -1)], -1)
+def _of_tokens(name: str, *, scaled: bool) -> FeatureMap:
+    """A map of `feature_maps.MAPS`; roles ``query_<name>`` and ``key_<name>``."""
+    kernel = feature_maps.MAPS[name]
+    query_roles = tuple(f"query_{role}" for role in kernel.roles)
+    key_roles = tuple(f"key_{role}" for role in kernel.roles)
+
+    def features(tokens: Tokens, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        q, k = (_scaled(x, tokens.scale) if scaled else x for x in (tokens.q, tokens.k))
+        return kernel.query(q, *(given[r] for r in query_roles)), kernel.key(k, *(given[r] for r in key_roles))
+
+    def start(heads: int, dim: int, horizon: int, generator: torch.Generator) -> dict[str, Tensor]:
+        made = kernel.init(heads, dim, generator)
+        both = (*zip(query_roles, made, strict=True), *zip(key_roles, made, strict=True))
+        return {role: value.clone() for role, value in both}
+
+    return FeatureMap(features, query_roles, key_roles, start=start, width=kernel.width, positive=kernel.positive)
 
 
-def _elu(x: Tensor, scale: float) -> Tensor:
-    return F.elu(wide(x) * scale**0.5) + 1
+def _favor(tokens: Tokens, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    # One Ω per key head: the estimate of e^{q·k} needs the same random directions on both sides.
+    projection = given["projection"]
+    of_queries = projection.repeat_interleave(tokens.q.shape[1] // tokens.k.shape[1], 0)
+    q, k = (_scaled(x, tokens.scale) for x in (tokens.q, tokens.k))
+    return feature_maps.favor(q, of_queries), feature_maps.favor(k, projection)
 
 
-def _relu(x: Tensor, scale: float) -> Tensor:
-    return F.relu(wide(x) * scale**0.5)
+def _favor_start(heads: int, dim: int, horizon: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"projection": feature_maps.MAPS["favor"].init(heads, dim, generator)[0]}
 
 
-def _squared_relu(x: Tensor, scale: float) -> Tensor:
-    return F.relu(wide(x) * scale**0.5).square()
+def _cosformer(tokens: Tokens, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    # Beyond the horizon the cosine would turn negative: later positions count as the horizon.
+    at_q, at_k = (p.clamp(max=tokens.horizon) for p in tokens.positions)
+    q, k = (_scaled(x, tokens.scale) for x in (tokens.q, tokens.k))
+    return feature_maps.cosformer(q, at_q, tokens.horizon), feature_maps.cosformer(k, at_k, tokens.horizon)
+
+
+def _slab(tokens: Tokens, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    at = tokens.positions[1].clamp(max=tokens.horizon - 1)
+    table = given["key_position"][:, at]  # [Hk, S, D] or [Hk, B, S, D]
+    if at.dim() == 2:
+        table = table.transpose(0, 1)
+    k = feature_maps.slab_keys(_scaled(tokens.k, tokens.scale), widened(table))
+    return feature_maps.relu(_scaled(tokens.q, tokens.scale)), k
+
+
+def _slab_start(heads: int, dim: int, horizon: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"key_position": torch.zeros(heads, horizon, dim)}
+
+
+def _rala(tokens: Tokens, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    q, k = (feature_maps.elu(_scaled(x, tokens.scale)) for x in (tokens.q, tokens.k))
+    shared = q.unflatten(1, (tokens.k.shape[1], -1)).mean(2)  # queries that share a key head share its mean query
+    return q, feature_maps.rala_keys(shared, k, tokens.keep, tokens.scale)
+
+
+def _double(dim: int) -> int:
+    return 2 * dim
 
 
 MAPS: dict[str, FeatureMap] = {
     "landmark": FeatureMap(
-        _landmark_query,
-        _landmark_key,
+        _landmark,
         ("choice_weight", "choice_bias", "gain_weight", "gain_bias"),
         ("key_weight", "key_bias"),
+        width=_double,
         calibrated=True,
     ),
-    "hedgehog": FeatureMap(_hedgehog, _hedgehog, ("query_map",), ("key_map",)),
-    "elu": FeatureMap(_elu, _elu),
-    "relu": FeatureMap(_relu, _relu),
-    "squared_relu": FeatureMap(_squared_relu, _squared_relu),
+    **{name: _of_tokens(name, scaled=False) for name in ("hedgehog", "hedgehog_fla", "hedgehog_exp", "t2r")},
+    **{name: _of_tokens(name, scaled=True) for name in ("elu", "relu", "squared_relu", "softmax", "nala", "identity")},
+    "favor": FeatureMap(
+        _favor, (), ("projection",), ("projection",), _favor_start, width=feature_maps.MAPS["favor"].width
+    ),
+    "cosformer": FeatureMap(_cosformer, width=_double, positional=True, whole=True),
+    "slab": FeatureMap(_slab, (), ("key_position",), start=_slab_start, positional=True, whole=True),
+    "rala": FeatureMap(_rala, whole=True, causal=False),
 }

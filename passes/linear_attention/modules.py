@@ -40,6 +40,9 @@ class LinearAttentionCore(nn.Module):
         self.state = None
         for role in form.roles:
             value = tensors[role]
+            if role in form.buffers:
+                self.register_buffer(role, value)
+                continue
             self.register_parameter(role, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -53,7 +56,7 @@ class LinearAttentionCore(nn.Module):
         missing = k.shape[2] - q.shape[2] if self.form.causal else 0
         if missing > 0:
             q = nn.functional.pad(q, (0, 0, missing, 0))
-        out = self.form.call(q, k, v, keep, dict(self.named_parameters()))[0]
+        out = self.form.call(q, k, v, keep, self._tensors())[0]
         return out[:, :, missing:]
 
     def advance(
@@ -66,8 +69,11 @@ class LinearAttentionCore(nn.Module):
         """
         if not self.form.causal:
             raise PlanError("only causal attention has a state that tokens are added to")
-        out, *left = self.form.call(q, k, v, keep, dict(self.named_parameters()), past=state, with_state=True)
+        out, *left = self.form.call(q, k, v, keep, self._tensors(), past=state, with_state=True)
         return out, tuple(left)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def extra_repr(self) -> str:
         form = self.form

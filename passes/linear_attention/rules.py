@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from rewriter.passes.linear_attention import fitting, modules
 from rewriter.passes.linear_attention.fitting import Sequences, Shape
 from rewriter.passes.linear_attention.form import Form
 from rewriter.passes.linear_attention.gate import pays_from
+from rewriter.passes.linear_attention.maps import MAPS
 from rewriter.program import Program
 from rewriter.rewriting import generator as generator_of
 from rewriter.rules import CALIBRATED, LEARNED, Contract, Kept, Rule, Site, locate, module_path
@@ -45,16 +46,12 @@ class LinearAttentionRule(Rule):
 
     name = "linear_attention.attention"
     role = "attention"
+    contract: ClassVar[Contract] = CALIBRATED("per head in closed form from calibration sequences")
     parametric = True
     specificity = 1
 
     def __init__(self, options: LinearAttention) -> None:
         self.options = options
-        self.contract: Contract = (
-            CALIBRATED("per head in closed form from calibration sequences")
-            if options.calibrate
-            else LEARNED("feature maps and branch weights trained by distillation")
-        )
         self._ranks: tuple[Program, dict[Node, int]] | None = None
         self._fits: dict[str, tuple[Statistics, fitting.SiteFit]] = {}
 
@@ -83,6 +80,8 @@ class LinearAttentionRule(Rule):
         reason = _form_refusal(program, match) or _mask_refusal(program, match) or self._legality(program, match)
         if reason is None and not _is_causal(match) and (self.options.gate or self.options.rule == "delta"):
             return "is bidirectional, where gates and the delta rule have no order to follow"
+        if reason is None and not MAPS[self.options.feature_map].causal:
+            return _mean_query_refusal(program, match, self.options.feature_map)
         return reason
 
     def _legality(self, program: Program, match: Match) -> str | None:
@@ -121,17 +120,22 @@ class LinearAttentionRule(Rule):
         window = (o.window or 0) if causal else 0
         return Form(
             o.feature_map, float(match["scale"]), window, o.block, o.sinks if window else 0, o.anchor, causal,
-            int(q.shape[1]), o.gate, o.rule,
+            int(q.shape[1]), o.gate, o.rule, o.horizon or 0,
         )  # fmt: skip
 
     def _keep_short(self, match: Match, form: Form, data: Sequences | None) -> None:
         o = self.options
+        length = max(_hint(match["k"].meta["val"].shape[-2]), 0 if data is None else data.k.shape[2])
+        if o.horizon is not None and length > o.horizon:
+            raise PlanError(
+                f"linear_attention: horizon={o.horizon} is less than the {length} tokens of the example or calibration "
+                "inputs; it must be the longest sequence the model will see"
+            )
         if o.min_length is None:
             return
-        length = max(_hint(match["k"].meta["val"].shape[-2]), 0 if data is None else data.k.shape[2])
         if o.min_length == "auto":
             shape = match["k_base"].meta["val"].shape
-            features = o.features or 2 * int(shape[3])
+            features = o.features or MAPS[o.feature_map].width(int(shape[3]))
             needed = pays_from(form, int(shape[1]), int(shape[3]), features, match["q"].meta["val"].device.type)
         else:
             needed = int(o.min_length)
@@ -185,11 +189,12 @@ class LinearAttentionRule(Rule):
     ) -> dict[str, Tensor]:
         form, value = _form_of(choice), site.match["q"].meta["val"]
         if statistics is None or not self.options.calibrate:
-            tensors = fitting.start(form, choice["key_heads"], choice["head_dim"])
+            tensors = fitting.start(form, choice["key_heads"], choice["head_dim"], generator)
         else:
             tensors = dict(self._fit(site, statistics, generator).tensors)
         tensors["window_gate"] = torch.ones(form.heads)
-        return {role: nn.Parameter(tensors[role].to(value.device, value.dtype).contiguous()) for role in form.roles}
+        placed = {role: tensors[role].to(value.device, value.dtype).contiguous() for role in form.roles}
+        return {role: x if role in form.buffers else nn.Parameter(x) for role, x in placed.items()}
 
     def measure(
         self,
@@ -215,7 +220,10 @@ class LinearAttentionRule(Rule):
         return found
 
     def _shape(self, form: Form) -> Shape:
-        return Shape(form.scale, form.window, form.block, form.sinks, form.causal, form.gate == "fixed", form.anchor)
+        decays = form.gate == "fixed"
+        return Shape(
+            form.scale, form.window, form.block, form.sinks, form.causal, decays, form.anchor, form.horizon
+        )  # fmt: skip
 
     def _sequences(self, site: Site, statistics: Statistics) -> Sequences:
         """Calibration sequences without padding. Raises PlanError."""
@@ -266,6 +274,12 @@ class LinearAttentionRule(Rule):
         return modules.attach(root, path, module)
 
 
+class UntrainedRule(LinearAttentionRule):
+    """The same with parameters that are to be trained: ``calibrate=False``."""
+
+    contract: ClassVar[Contract] = LEARNED("feature maps and branch weights trained by distillation")
+
+
 # ---------------------------------------------------------------------------------------------------- conditions
 
 
@@ -304,6 +318,16 @@ def _mask_refusal(program: Program, match: Match) -> str | None:
     return None
 
 
+def _mean_query_refusal(program: Program, match: Match, name: str) -> str | None:
+    """Why a map that weighs every key by the mean query cannot be used."""
+    if _is_causal(match):
+        return f"is causal, and the map {name!r} weighs every key by all queries, later ones too; take another map"
+    q, k = (program.facts.shape(match[name]) or () for name in ("q", "k"))
+    if not same_size(q[-2], k[-2]):
+        return f"queries and keys are of different sequences, and the map {name!r} needs one mask for both"
+    return None
+
+
 def _is_causal(match: Match) -> bool:
     return bool(match["is_causal"]) or match["kind"].kind in _CAUSAL
 
@@ -316,7 +340,8 @@ def _unchanged(facts: Facts, node: Node) -> Node:
 
 
 def _form_of(choice: Mapping[str, Any]) -> Form:
-    return Form(**{field.name: choice[field.name] for field in dataclasses.fields(Form)})
+    known = [field.name for field in dataclasses.fields(Form)]
+    return Form(**{name: choice[name] for name in known if name in choice})  # plans name what they were made with
 
 
 def _hint(size: Any) -> int:

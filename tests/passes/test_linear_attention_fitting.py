@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -16,7 +17,7 @@ from rewriter.errors import PlanError
 from rewriter.passes.linear_attention import fitting, landmarks
 from rewriter.passes.linear_attention.fitting import Sequences, Shape
 from rewriter.passes.linear_attention.form import Form
-from rewriter.passes.linear_attention.maps import MAPS
+from rewriter.passes.linear_attention.maps import MAPS, Tokens
 
 DIM = 8
 
@@ -42,11 +43,9 @@ def test_at_a_landmark_a_sharp_map_is_the_exponential_itself(seed: int, scale: f
     g = draw(seed)
     at, k = torch.randn(5, DIM, generator=g).double(), torch.randn(7, DIM, generator=g).double()
     placed = landmarks.Landmarks(at, torch.randn(5, generator=g).double(), torch.randn(5, DIM, generator=g).double(), scale)
-    query, key = MAPS["landmark"].query, MAPS["landmark"].key
-    choice = placed.query_parameters(1e6)
-    q_map = query(at[None, None], scale, *(choice[r][None] for r in MAPS["landmark"].query_roles))[0, 0]
-    k_map = key(k[None, None], scale, *(placed.key_parameters()[r][None] for r in MAPS["landmark"].key_roles))[0, 0]
-    torch.testing.assert_close(q_map @ k_map.T, torch.exp(scale * at @ k.T), rtol=1e-6, atol=0)
+    given_ = {r: x[None] for r, x in {**placed.query_parameters(1e6), **placed.key_parameters()}.items()}
+    q_map, k_map = MAPS["landmark"].features(Tokens(at[None, None], k[None, None], scale), given_)
+    torch.testing.assert_close(q_map[0, 0] @ k_map[0, 0].T, torch.exp(scale * at @ k.T), rtol=1e-6, atol=0)
 
 
 def test_the_gradient_of_a_landmark_is_that_of_its_log_mass() -> None:
@@ -66,16 +65,26 @@ def test_there_are_no_more_landmarks_than_queries() -> None:
     assert placed.at.shape == (3, DIM)
 
 
-@pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_features_are_nonnegative_finite_and_wide(name: str, dtype: torch.dtype) -> None:
-    data = sequences(3, sharp=8.0)
-    roles = fitting.fit(data, Shape(0.4, 8), name, 6, draw(0)).tensors
+def shape_for(name: str, window: int) -> Shape:
+    """The shape of a site that can have the map."""
     fmap = MAPS[name]
-    for x, function, own in ((data.q, fmap.query, fmap.query_roles), (data.k, fmap.key, fmap.key_roles)):
-        features = function((30 * x).to(dtype), 0.4, *(roles[r].to(dtype) for r in own))
-        assert features.dtype == torch.promote_types(dtype, torch.float32)
-        assert bool(torch.isfinite(features).all()) and bool((features >= 0).all())
+    window = window if fmap.positive and fmap.causal else 0
+    return Shape(0.35, window, causal=fmap.causal, horizon=48 if fmap.positional else 0)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_features_are_finite_and_wide_and_no_weight_is_negative_where_it_is_said(name: str) -> None:
+    data, fmap, shape = sequences(3, sharp=8.0), MAPS[name], shape_for(name, 8)
+    fitted = fitting.fit(data, shape, name, 6, draw(0)).tensors
+    at = torch.arange(data.q.shape[2])
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        given_ = {role: x.to(dtype) for role, x in fitted.items()}
+        tokens = Tokens((30 * data.q).to(dtype), (30 * data.k).to(dtype), 0.4, None, (at, at), shape.horizon)
+        for features in fmap.features(tokens, given_):
+            assert features.dtype == torch.promote_types(dtype, torch.float32)
+            assert bool(torch.isfinite(features).all())
+        q_map, k_map = fmap.features(tokens, given_)
+        assert not fmap.positive or bool((q_map @ k_map.repeat_interleave(data.groups, 1).mT >= 0).all())
 
 
 # ---------------------------------------------------------------------------------------------------- fitting
@@ -84,7 +93,7 @@ def test_features_are_nonnegative_finite_and_wide(name: str, dtype: torch.dtype)
 @settings(max_examples=15)
 @given(
     st.integers(0, 2**20),
-    st.sampled_from(sorted(MAPS)),
+    st.sampled_from(sorted(name for name, fmap in MAPS.items() if fmap.positive and fmap.causal)),
     st.sampled_from(["sliding", "terrace"]),
     st.integers(0, 2),
     st.booleans(),
@@ -92,20 +101,20 @@ def test_features_are_nonnegative_finite_and_wide(name: str, dtype: torch.dtype)
 def test_on_calibration_data_the_hybrid_is_never_worse_than_its_window(
     seed: int, name: str, block: str, sinks: int, decays: bool
 ) -> None:
-    shape = Shape(0.35, 6, block, sinks, True, decays)
+    shape = Shape(0.35, 6, block, sinks, True, decays, horizon=48)
     figures = fitting.fit(sequences(seed), shape, name, 8, draw(seed)).figures
     assert figures["output_error"] <= figures["window_error"]
 
 
-@pytest.mark.parametrize(("name", "anchor"), [("landmark", "none"), ("hedgehog", "max")])
+@pytest.mark.parametrize(("name", "anchor"), [*((name, "none") for name in MAPS), ("hedgehog", "max")])
 def test_the_measured_error_is_that_of_the_operator(name: str, anchor: str) -> None:
     """The figures come from sampled queries and a formula of their own; the operator on all of them says the same."""
-    data, shape = sequences(1, length=48), Shape(0.35, 8, anchor=anchor)
+    data, shape = sequences(1, length=48), dataclasses.replace(shape_for(name, 8), anchor=anchor)
     found = fitting.fit(data, shape, name, 8, draw(0))
-    form = Form(name, shape.scale, 8, "sliding", 0, anchor, True, 4)
+    form = Form(name, shape.scale, shape.window, "sliding", 0, anchor, shape.causal, 4, horizon=shape.horizon)
     out = form.call(data.q, data.k, data.v, None, dict(found.tensors) | {"window_gate": torch.ones(4)})[0]
     exact = torch.nn.functional.scaled_dot_product_attention(
-        data.q, data.k, data.v, is_causal=True, scale=shape.scale, enable_gqa=True
+        data.q, data.k, data.v, is_causal=shape.causal, scale=shape.scale, enable_gqa=True
     )
     _, choosing = fitting.positions(shape, data, draw(0))  # the first thing a fit draws
     error = (out - exact)[:, :, choosing].norm() / exact[:, :, choosing].norm()
