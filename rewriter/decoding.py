@@ -149,7 +149,7 @@ def _cache(layers: int, stateful: frozenset[int], constant: bool) -> Any:
     """transformers' cache, with layers that keep nothing where attention has a state of its own."""
     from transformers.cache_utils import Cache, DynamicLayer
 
-    class Counting(DynamicLayer):  # type: ignore[misc, no-untyped-call]
+    class Counting(DynamicLayer):
         """Counts tokens, so that positions are right, and hands on the new keys and values alone."""
 
         count = 0
@@ -165,4 +165,5 @@ def _cache(layers: int, stateful: frozenset[int], constant: bool) -> Any:
             # The mask is one for all layers: that of the new tokens alone, unless some layer has all keys.
             return (query_length, self.count) if constant else (self.count + query_length, 0)
 
-    return Cache(layers=[Counting() if index in stateful else DynamicLayer() for index in range(layers)])
+    kinds: list[Any] = [Counting if index in stateful else DynamicLayer for index in range(layers)]
+    return Cache(layers=[kind() for kind in kinds])

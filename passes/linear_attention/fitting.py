@@ -251,8 +251,10 @@ def _candidates(
     fmap = MAPS[feature_map]
     made = {role: value[0] for role, value in fmap.start(1, dim, shape.horizon, generator).items()}
     of_query = {role: made[role] for role in fmap.query_roles}
-    sharper = [of_query | {"query_map": t * made["query_map"]} for t in SHARPNESS.get(feature_map, ())]
-    return sharper or [of_query], {role: made[role] for role in fmap.key_roles}
+    candidates: list[Mapping[str, Tensor]] = [
+        of_query | {"query_map": t * made["query_map"]} for t in SHARPNESS.get(feature_map, ())
+    ]
+    return candidates or [of_query], {role: made[role] for role in fmap.key_roles}
 
 
 def _best(
@@ -266,15 +268,15 @@ def _best(
     best: tuple[float, float, float, Mapping[str, Tensor]] | None = None
     slopes = SLOPES if shape.decays else (0.0,)
     for parameters, slope in itertools.product(candidates, slopes):
-        weight = _weights(seen, shape, feature_map, parameters | key_parameters, slope)
-        if MAPS[feature_map].positive:
-            found = ((error, math.exp(log_scale), parameters) for log_scale, error in _line(seen, *_average(seen, weight)))
-        else:
+        weight = _weights(seen, shape, feature_map, {**parameters, **key_parameters}, slope)
+        if not MAPS[feature_map].positive:
             gain, error = _gain(seen, weight)
-            found = iter([(error, 1.0, parameters | {"output_gain": gain})])
-        for error, scale, chosen in found:
             if best is None or error < best[0]:
-                best = error, scale, slope, chosen
+                best = error, 1.0, slope, {**parameters, "output_gain": gain}
+            continue
+        for log_scale, error in _line(seen, *_average(seen, weight)):
+            if best is None or error < best[0]:
+                best = error, math.exp(log_scale), slope, parameters
     assert best is not None  # noqa: S101 - there is a candidate for every map
     error, scale, slope, parameters = best
     if shape.window and not error < seen.window_error:

@@ -92,12 +92,29 @@ class _Rows:
         self.scales = [self._fitted(rows[:, self.columns(g)]) for g in range(ceil_div(rows.shape[1], self.width))]
         self.grids = [mode.grid(s) for s in self.scales]
         self.values, self.words = self._plain()
+        self._fit_to_inputs()
 
     def columns(self, group: int) -> slice:
         return slice(group * self.width, min((group + 1) * self.width, self.dense.shape[1]))
 
     def _fitted(self, weight: Tensor) -> Tensor:
         return self.mode.fit_group(weight, self.rounding)
+
+    def _fit_to_inputs(self) -> None:
+        """Scales that count each weight by its input's energy, in every row where plain rounding then costs less.
+
+        A grid fitted to the weights alone clips the few that outlying inputs read, and no compensation makes up for it.
+        """
+        energy = self.metric.form.diagonal()
+        parts = [self.columns(g) for g in range(len(self.scales))]
+        scales = [self.mode.fit_group(self.dense[:, part], self.rounding, energy[part]) for part in parts]
+        start = self.scales, self.values, self.words
+        self.grids = [self.mode.grid(s) for s in scales]
+        values, words = self._plain()
+        better = (self.metric.cost(self.target - values) < self.metric.cost(self.target - start[1]) * GAIN).unsqueeze(-1)
+        self.scales = [torch.where(better, new, old) for new, old in zip(scales, start[0], strict=True)]
+        self.values, self.words = torch.where(better, values, start[1]), torch.where(better, words, start[2])
+        self.grids = [self.mode.grid(s) for s in self.scales]
 
     def _plain(self) -> tuple[Tensor, Tensor]:
         found = [grid.nearest(self.target[:, self.columns(g)]) for g, grid in enumerate(self.grids)]

@@ -71,7 +71,7 @@ def test_it_is_fitted_saved_and_loaded(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(rewriter.load(tmp_path / "m")(x), opt(x), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, fmap in MAPS.items() if not fmap.calibrated])
+@pytest.mark.parametrize("name", ["hedgehog_fla", "t2r", "favor", "slab", "identity"])  # the kinds of parameters
 def test_untrained_it_has_a_gradient_for_everything_that_trains(name: str) -> None:
     opt = optimized(name, MAPS[name].causal, calibrate=False)
     assert opt.report.sites[0].contract == "LEARNED"

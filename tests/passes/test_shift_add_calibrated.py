@@ -20,7 +20,7 @@ from rewriter import planner
 from rewriter.errors import PlanError
 from rewriter.passes import ShiftAdd
 from rewriter.passes.shift_add import awq, compensate, mixed, modes
-from rewriter.passes.shift_add.bcq import BCQ
+from rewriter.passes.shift_add.bcq import BCQ, Uniform
 from rewriter.passes.shift_add.hessian import Metric
 from rewriter.passes.shift_add.modes import Mode
 from rewriter.passes.shift_add.pot import Pot
@@ -175,6 +175,21 @@ def test_compensation_makes_outputs_better(kind: str, act_order: bool) -> None:
     visited = output_error(weight, compensate.fit(weight, mode, metric, group=32).decode(), x)
     assert sequence < 0.9 * plain
     assert visited < 0.97 * sequence
+
+
+@pytest.mark.parametrize("mode", [Uniform(4, "fp16"), BCQ(4, "pot")], ids=["uniform", "bcq"])
+def test_an_outlying_input_does_not_spoil_the_others(mode: Mode) -> None:
+    """Real layers have inputs of hundreds of times the median energy whose weights lie outside a grid fitted to all alike."""
+    x = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x += 0.05 * 470**0.5 * x[:, 7:8]
+    x[:, 7] *= 470**0.5
+    weight = gaussian(32, 64)
+    weight[:, 7] = 0.3 * weight[:, 7].sign()  # six sigma
+    found = compensate.fit(weight, mode, Metric.of(moment(x)), group=64)
+    plain = modes.fit(weight, mode, group=64)
+    assert output_error(weight, found.decode(), x) < 0.5 * output_error(weight, plain.decode(), x)
+    others = torch.arange(64) != 7
+    assert (found.decode() - weight)[:, others].norm() < 1.5 * (plain.decode() - weight)[:, others].norm()
 
 
 def test_codes_that_no_single_change_improves() -> None:
