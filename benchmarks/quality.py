@@ -112,7 +112,7 @@ def shift_add() -> list[Setting]:
         ("bcq, 3.5 bits on average", ShiftAdd(mean_bits=3.5, embeddings=True)),
         ("bcq 4, awq", ShiftAdd(awq=True, embeddings=True)),
     ]
-    rows = [Setting(f"shift_add {name}", ("fuse", one), body) for name, one in made]
+    rows = [Setting(f"shift_add {name}", (one,) if one.mean_bits else ("fuse", one), body) for name, one in made]
     plain = [("bcq 4", ShiftAdd(embeddings=True)), ("uniform 4", ShiftAdd(mode="uniform", embeddings=True))]
     rows += [Setting(f"shift_add {name}, uncalibrated", ("fuse", one), body, calibrated=False) for name, one in plain]
     return [*rows, Setting("shift_add bcq 4, head too", ("fuse", ShiftAdd(embeddings=True)))]

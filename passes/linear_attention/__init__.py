@@ -89,7 +89,9 @@ class LinearAttention(Pass):
         self._check_mixture()
         self._check_map()
         if self.features is not None and (self.features < 1 or self.feature_map != "landmark"):
-            raise PlanError("linear_attention: features= counts landmarks, at least 1; other maps have a size of their own")
+            raise PlanError(
+                "linear_attention: features= counts landmarks, at least 1; other maps have a size of their own"
+            )
         if not self._is_mixture and not self.calibrate and MAPS[self.feature_map].calibrated:
             raise PlanError(
                 f"linear_attention: the map {self.feature_map!r} is placed from data; calibrate=False needs another one"
@@ -122,7 +124,9 @@ class LinearAttention(Pass):
                 "calibrate=False"
             )
         if self._is_mixture and (self.anchor != "none" or self.feature_map != "landmark"):
-            raise PlanError("linear_attention: key gates and the delta rule have no feature map and no anchor to choose")
+            raise PlanError(
+                "linear_attention: key gates and the delta rule have no feature map and no anchor to choose"
+            )
 
     def _check_map(self) -> None:
         chosen, name = MAPS[self.feature_map], self.feature_map

@@ -123,7 +123,9 @@ def probe(data: Sequences, head: int, shape: Shape, at: Tensor) -> Probe:
     near, far = shape.masks(at, k.shape[1])
     soft = scores.masked_fill(~near, _NOTHING)
     whole = scores.masked_fill(~(near | far), _NOTHING)
-    window = torch.softmax(soft, -1) @ v if shape.window else torch.zeros_like(q[..., :1]).expand(*q.shape[:2], v.shape[2])
+    window = (
+        torch.softmax(soft, -1) @ v if shape.window else torch.zeros_like(q[..., :1]).expand(*q.shape[:2], v.shape[2])
+    )
     distance = (at[:, None] - torch.arange(k.shape[1], device=at.device)).clamp_min(0)
     top = soft.amax(-1) if shape.anchor == "max" else torch.zeros_like(soft[..., 0])  # masses are e^top times these
     window_mass, far_mass = soft.logsumexp(-1) - top, scores.masked_fill(~far, _NOTHING).logsumexp(-1) - top
@@ -190,7 +192,9 @@ def fit(data: Sequences, shape: Shape, feature_map: str, features: int, generato
     heads: list[HeadFit] = []
     for key_head in range(data.k.shape[1]):
         group = range(key_head * data.groups, (key_head + 1) * data.groups)
-        candidates, key_parameters = _candidates(data, key_head, group, shape, feature_map, features, placing, generator)
+        candidates, key_parameters = _candidates(
+            data, key_head, group, shape, feature_map, features, placing, generator
+        )
         for head in group:
             heads.append(_best(probe(data, head, shape, choosing), shape, feature_map, candidates, key_parameters))
         keys.append(key_parameters)
@@ -246,7 +250,9 @@ def _candidates(
         probes = [probe(data, head, shape, placing) for head in group]
         queries = torch.cat([p.q.reshape(-1, dim) for p in probes])
         weights = torch.cat([p.share.reshape(-1) for p in probes]).clamp_min(1e-6).square()
-        placed = landmarks.place(queries, weights, data.k[:, key_head].reshape(-1, dim), features, shape.scale, generator)
+        placed = landmarks.place(
+            queries, weights, data.k[:, key_head].reshape(-1, dim), features, shape.scale, generator
+        )
         return [placed.query_parameters(t) for t in SHARPNESS["landmark"]], placed.key_parameters()
     fmap = MAPS[feature_map]
     made = {role: value[0] for role, value in fmap.start(1, dim, shape.horizon, generator).items()}
@@ -285,9 +291,7 @@ def _best(
     return HeadFit(parameters, scale, slope, error, seen.window_error, power, share)
 
 
-def _weights(
-    seen: Probe, shape: Shape, feature_map: str, parameters: Mapping[str, Tensor], slope: float
-) -> Tensor:
+def _weights(seen: Probe, shape: Shape, feature_map: str, parameters: Mapping[str, Tensor], slope: float) -> Tensor:
     """e^(−slope · distance) φ_q(q)·φ_k(k) of one head beyond its window, ``[n, queries, keys]``."""
     fmap, given = MAPS[feature_map], {role: value.unsqueeze(0) for role, value in parameters.items()}
     key = seen.k.unsqueeze(1)

@@ -86,5 +86,3 @@ def _linear(form: Form, key_heads: int, dim: int, features: int, length: int) ->
         near = REGISTRY[op.hybrid_attention].cost(q, k, k, None, None, gate, *(None,) * 10, *options)
         return near + REGISTRY[op.linear_attention].cost(q, k, k, *rest)
     return projections + REGISTRY[op.hybrid_attention].cost(q, k, k, q_map, k_map, gate, gate, *(None,) * 9, *options)
-
-

@@ -66,8 +66,8 @@ class LinearAttentionRule(Rule):
         for match in found:
             mask = match["mask"]
             if mask not in kinds:  # layers share their masks
-                kinds[mask] = MaskKind("full") if mask is None else classify(
-                    program.facts, mask, match["mask_form"], match.root
+                kinds[mask] = (
+                    MaskKind("full") if mask is None else classify(program.facts, mask, match["mask_form"], match.root)
                 )
             kind = kinds[mask]
             more: dict[str, Any] = {"kind": kind, "padding": kind.padding, "calls": calls[module_path(match.root)]}
@@ -112,7 +112,9 @@ class LinearAttentionRule(Rule):
         self._keep_some(site, program, statistics)
         choice = dataclasses.asdict(form)
         choice["rotary"] = match["plain_k"] is not match["k_base"]
-        choice["key_heads"], choice["head_dim"] = (int(s) for s in (match["k_base"].meta["val"].shape[i] for i in (1, 3)))
+        choice["key_heads"], choice["head_dim"] = (
+            int(s) for s in (match["k_base"].meta["val"].shape[i] for i in (1, 3))
+        )
         return choice
 
     def _form(self, match: Match, causal: bool) -> Form:
@@ -165,7 +167,9 @@ class LinearAttentionRule(Rule):
             sites = list(locate(self, program, explain=False).sites)
             if self.options.keep == "sensitivity":
                 draw = {site.match.root: generator_of(0, site.address, self.name) for site in sites}
-                errors = {root: self._fit(site, statistics, draw[root]).error for site in sites for root in [site.match.root]}
+                errors = {
+                    root: self._fit(site, statistics, draw[root]).error for site in sites for root in [site.match.root]
+                }
                 sites.sort(key=lambda site: -errors[site.match.root])
             self._ranks = program, {site.match.root: number for number, site in enumerate(sites)}
         return self._ranks[1]
@@ -211,7 +215,9 @@ class LinearAttentionRule(Rule):
     def _fit(self, site: Site, statistics: Statistics | None, generator: torch.Generator) -> fitting.SiteFit:
         """The calibration of a site; kept, since it is measured after it was made."""
         if statistics is None:
-            raise PlanError("linear_attention: keep='sensitivity' measures errors on calibration data; give calibration=")
+            raise PlanError(
+                "linear_attention: keep='sensitivity' measures errors on calibration data; give calibration="
+            )
         form = self._form(site.match, _is_causal(site.match))
         dim = int(site.match["k_base"].meta["val"].shape[3])
         data = self._sequences(site, statistics)

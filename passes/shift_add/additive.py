@@ -126,7 +126,9 @@ class ShiftAttention(Pass):
 
     def __post_init__(self) -> None:
         if not isinstance(self.taps, int) or self.taps < 0 or (self.taps and self.taps % 2 == 0):
-            raise PlanError(f"shift_attention: taps={self.taps!r} must be 0 (no convolution) or an odd number of tokens")
+            raise PlanError(
+                f"shift_attention: taps={self.taps!r} must be 0 (no convolution) or an odd number of tokens"
+            )
 
     def rules(self) -> tuple[Rule, ...]:
         return (AdditiveAttention(self),)

@@ -111,7 +111,9 @@ class _Rows:
         start = self.scales, self.values, self.words
         self.grids = [self.mode.grid(s) for s in scales]
         values, words = self._plain()
-        better = (self.metric.cost(self.target - values) < self.metric.cost(self.target - start[1]) * GAIN).unsqueeze(-1)
+        better = (self.metric.cost(self.target - values) < self.metric.cost(self.target - start[1]) * GAIN).unsqueeze(
+            -1
+        )
         self.scales = [torch.where(better, new, old) for new, old in zip(scales, start[0], strict=True)]
         self.values, self.words = torch.where(better, values, start[1]), torch.where(better, words, start[2])
         self.grids = [self.mode.grid(s) for s in self.scales]

@@ -80,9 +80,7 @@ class ExpertsRule(LinearRule):
         multiplied, shifted = edit.call(aten.linear.default, x, p["weight"], bias), edit.call(operator, *arguments)
         scores = edit.call(aten.linear.default, x, p["router_weight"], p["router_bias"])
         each = [edit.call(aten.slice.Tensor, scores, -1, i, i + 1) for i in (MULTIPLY, SHIFT)]
-        chosen = edit.call(
-            aten.where.self, edit.call(aten.gt.Tensor, each[SHIFT], each[MULTIPLY]), shifted, multiplied
-        )
+        chosen = edit.call(aten.where.self, edit.call(aten.gt.Tensor, each[SHIFT], each[MULTIPLY]), shifted, multiplied)
         # Straight through: p − p.detach() is 0, its gradient is what shifting instead of multiplying changes.
         probability = edit.call(aten.slice.Tensor, edit.call(aten.softmax.int, scores, -1), -1, SHIFT, SHIFT + 1)
         learns = edit.call(aten.sub.Tensor, probability, edit.call(aten.detach.default, probability))

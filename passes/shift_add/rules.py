@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from rewriter import legality
 from rewriter.calibration import Statistics
 from rewriter.editing import Editor
+from rewriter.errors import PlanError
 from rewriter.matcher import Match, Miss
 from rewriter.passes.shift_add import calibrated, energy, measures, modules
 from rewriter.passes.shift_add.codes import AnyCodes
@@ -142,6 +144,11 @@ class LinearRule(ShiftAddRule):
         if mean is None:
             return choices
         weights = [(site, as_rows(site.match, program.tensor)) for site in sites]
+        if merged := [site for site, weight in weights if isinstance(weight, FakeTensor)]:
+            raise PlanError(
+                f"{self.name} at {merged[0].address.path}: mean_bits={mean:g} compares the layers' weights while planning, and "
+                "this one is only being made by an exact pass of the same plan; leave that pass out, or give bits"
+            )
         bits = calibrated.share_bits(self.options, mean, self.metric, weights, statistics)
         return [{**choice, "bits": b} for choice, b in zip(choices, bits, strict=True)]
 

@@ -98,7 +98,9 @@ def small(*, layers: int = 1, dropout: float = 0.0, data: bool = True, **options
 # ----------------------------------------------------------------------------------------------------- laws
 
 
-@pytest.mark.parametrize("options", [{"window": LENGTH}, {"window": 12, "block": "terrace"}, {"window": 2, "sinks": LENGTH}])
+@pytest.mark.parametrize(
+    "options", [{"window": LENGTH}, {"window": 12, "block": "terrace"}, {"window": 2, "sinks": LENGTH}]
+)
 def test_a_window_over_everything_is_exactly_softmax(options: dict[str, Any]) -> None:
     """No key outside the window: the linear branch has nothing to add, whatever its map (here the untrained elu)."""
     opt, x = small(feature_map="elu", calibrate=False, data=False, **options), inputs()
@@ -247,7 +249,16 @@ def test_it_saves_and_loads(tmp_path: Path) -> None:
 def test_parameters_are_named_after_the_attention_and_the_report_has_the_errors() -> None:
     opt = optimized("landmark")
     names = {n.rpartition(".")[2] for n, _ in opt.named_parameters() if n.startswith("model.layers.0.self_attn.")}
-    own = {"choice_weight", "choice_bias", "gain_weight", "gain_bias", "key_weight", "key_bias", "window_gate", "map_scale"}
+    own = {
+        "choice_weight",
+        "choice_bias",
+        "gain_weight",
+        "gain_bias",
+        "key_weight",
+        "key_bias",
+        "window_gate",
+        "map_scale",
+    }
     assert own <= names
     for site in opt.report.sites:
         assert site.contract == "CALIBRATED"
@@ -264,7 +275,9 @@ def test_bidirectional_attention_of_an_encoder() -> None:
         max_position_embeddings=32,
     )  # fmt: skip
     model = hf.BertModel(config).eval()
-    opt = rewriter.optimize(model, [LinearAttention(min_length=None)], calibration=[tokens()], expect={"linear_attention": 1})
+    opt = rewriter.optimize(
+        model, [LinearAttention(min_length=None)], calibration=[tokens()], expect={"linear_attention": 1}
+    )
     ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
     mask[0, 6:] = 0
     with torch.no_grad():

@@ -42,7 +42,9 @@ def test_at_a_landmark_a_sharp_map_is_the_exponential_itself(seed: int, scale: f
     """φ_q(c_i) · φ_k(k) = exp(scale · c_i·k) for τ → ∞: the gain is 1 and the choice is certain."""
     g = draw(seed)
     at, k = torch.randn(5, DIM, generator=g).double(), torch.randn(7, DIM, generator=g).double()
-    placed = landmarks.Landmarks(at, torch.randn(5, generator=g).double(), torch.randn(5, DIM, generator=g).double(), scale)
+    placed = landmarks.Landmarks(
+        at, torch.randn(5, generator=g).double(), torch.randn(5, DIM, generator=g).double(), scale
+    )
     given_ = {r: x[None] for r, x in {**placed.query_parameters(1e6), **placed.key_parameters()}.items()}
     q_map, k_map = MAPS["landmark"].features(Tokens(at[None, None], k[None, None], scale), given_)
     torch.testing.assert_close(q_map[0, 0] @ k_map[0, 0].T, torch.exp(scale * at @ k.T), rtol=1e-6, atol=0)

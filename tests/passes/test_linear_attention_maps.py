@@ -45,9 +45,7 @@ def inputs(rows: int = 4, length: int = LENGTH, seed: int = 0) -> Tensor:
 def settings_of(name: str) -> dict[str, Any]:
     """The options a map needs."""
     fmap = MAPS[name]
-    return {"feature_map": name, "window": 4 if fmap.positive else None} | (
-        {"horizon": 32} if fmap.positional else {}
-    )
+    return {"feature_map": name, "window": 4 if fmap.positive else None} | ({"horizon": 32} if fmap.positional else {})
 
 
 def optimized(name: str, causal: bool, **options: Any) -> rewriter.Optimized:

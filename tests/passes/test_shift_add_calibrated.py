@@ -429,3 +429,17 @@ def test_a_plan_with_data_needs_data(tiny: nn.Module, data: list[Tensor]) -> Non
     program = rewriter.capture(tiny, (torch.randint(0, 50, (2, 6)),))
     with pytest.raises(PlanError, match="statistics"):
         rewriter.apply(program, opt.plan)
+
+
+def test_mixed_bits_say_that_merged_weights_do_not_exist_yet() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+
+    x = torch.randn(2, 5, 32)
+    with pytest.raises(PlanError, match="leave that pass out"):
+        rewriter.optimize(Branches(), ["fuse", ShiftAdd(mean_bits=3)], (x,), calibration=[(x,)])
