@@ -122,11 +122,11 @@ def tversky() -> list[Setting]:
     outputs: dict[str, str | None] = {"re:.*o_proj": "tversky", "re:.*": None}
     body: dict[str, str | None] = {"lm_head": None}
     return [
-        Setting("tversky signed pair, all linears", ("fuse", Tversky(init="signed_pair")), body, calibrated=False),
-        Setting("tversky low rank 96, output projections", ("fuse", Tversky(features=96)), outputs),
-        Setting("tversky low rank, error 0.1, body", ("fuse", Tversky()), body),
-        Setting("tversky low rank, error 0.3, body", ("fuse", Tversky(max_error=0.3)), body),
-        Setting("tversky single pass, output projections", ("fuse", Tversky(init="single")), outputs),
+        Setting("tversky signed pair, all linears", (Tversky(init="signed_pair"),), body, calibrated=False),
+        Setting("tversky low rank 96, output projections", (Tversky(features=96),), outputs),
+        Setting("tversky low rank, error 0.1, body", (Tversky(),), body),
+        Setting("tversky low rank, error 0.3, body", (Tversky(max_error=0.3),), body),
+        Setting("tversky single pass, output projections", (Tversky(init="single"),), outputs),
     ]
 
 
