@@ -183,7 +183,6 @@ def reasons(kind: str, function: Callable[..., Any]) -> str:
         ("product", lambda x, t, w: (FORMS["mean"](x, t, w), x), "needs the logits as well"),
         ("product", FORMS["soft"], "as large as the logits"),
     ],
-    ids=str,
 )
 def test_what_stays_on_the_logits_says_why(kind: str, function: Callable[..., Any], message: str) -> None:
     assert message in reasons(kind, function)
