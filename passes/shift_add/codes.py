@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,6 +154,12 @@ class LevelCodes:
 
 
 AnyCodes = BCQCodes | PotCodes | LevelCodes
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Packed rows below each other: weights of one layout, whose tables (where they have one) are the same."""
+    by_row = [name for name in ("codes", "scale", "shift") if getattr(parts[0], name, None) is not None]
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in by_row})
 
 
 def _bits_per_weight(codes: AnyCodes) -> float:

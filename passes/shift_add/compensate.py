@@ -25,10 +25,13 @@ Frantar et al., "GPTQ", 2022, for the first step; the second is coordinate desce
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from rewriter.kernels.shift_add.codec import ceil_div, group_width
+from rewriter.passes.shift_add.codes import joined
 from rewriter.passes.shift_add.groups import GAIN, WIDE, Rounding, check_group, check_weight
 from rewriter.passes.shift_add.hessian import Metric
 from rewriter.passes.shift_add.modes import Codes, Grid, Mode
@@ -70,15 +73,14 @@ def fit(
     if metric.form.shape[0] != weight.shape[1]:
         raise ValueError(f"a metric of {metric.form.shape[0]} inputs does not fit a weight {list(weight.shape)}")
     rounding = mode.rounding(weight, group)
-    words, scales = [], []
+    parts = []
     for rows in torch.split(weight.detach(), rows_per_chunk or max(1, CHUNK_ELEMENTS // weight.shape[1])):
         part = _Rows(rows, mode, metric, group, rounding)
         part.round_in_sequence()
         for _ in range(visits):
             part.visit_all()
-        words.append(part.words.to(torch.int16))
-        scales.append(torch.stack(part.scales, dim=1))
-    return mode.assemble(torch.cat(words), torch.cat(scales), group, weight.dtype)
+        parts.append(mode.assemble(part.words, torch.stack(part.scales, dim=1), group, weight.dtype))
+    return cast(Codes, joined(parts))
 
 
 class _Rows:

@@ -17,12 +17,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from rewriter.kernels.shift_add import codec
+from rewriter.passes.shift_add.codes import joined
 from rewriter.passes.shift_add.groups import (
     CHUNK_ELEMENTS,
     WIDE,
@@ -201,12 +202,13 @@ def fit(
     check_group(group)
     check_weight(weight)
     rounding = mode.rounding(weight, group)
-    words, scales = [], []
+    parts = []  # packed at once: code words of the whole weight would take more than the weight
     for groups in chunks(weight, group, _rows(weight, group, mode, rows_per_chunk), importance):
         normalised = mode.best(groups, rounding)
-        words.append(_words(groups, normalised, mode, weight.shape[1]))
-        scales.append(groups.by_row(times_power_of_two(normalised, groups.exponent.unsqueeze(-1))))
-    return mode.assemble(torch.cat(words), torch.cat(scales), group, weight.dtype)
+        words = _words(groups, normalised, mode, weight.shape[1])
+        scales = groups.by_row(times_power_of_two(normalised, groups.exponent.unsqueeze(-1)))
+        parts.append(mode.assemble(words, scales, group, weight.dtype))
+    return cast(Codes, joined(parts))
 
 
 def nearest(weight: Tensor, like: Codes, mode: Mode, rows_per_chunk: int | None = None) -> Codes:
@@ -219,13 +221,14 @@ def nearest(weight: Tensor, like: Codes, mode: Mode, rows_per_chunk: int | None 
     if tuple(weight.shape) != like.shape:
         raise ValueError(f"weight {list(weight.shape)} does not fit the scales of a {list(like.shape)} weight")
     scales = mode.scales_of(like)
-    words, done = [], 0
+    parts, done = [], 0
     for groups in chunks(weight, like.group, _rows(weight, like.group, mode, rows_per_chunk)):
         part = scales.flatten(0, 1)[done : done + groups.count]
         done += groups.count
         normalised = times_power_of_two(part, -groups.exponent.unsqueeze(-1))
-        words.append(_words(groups, normalised, mode, weight.shape[1]))
-    return mode.assemble(torch.cat(words), scales, like.group, like.scale.dtype)
+        words = _words(groups, normalised, mode, weight.shape[1])
+        parts.append(mode.assemble(words, groups.by_row(part), like.group, like.scale.dtype))
+    return cast(Codes, joined(parts))
 
 
 def _words(groups: Groups, scales: Tensor, mode: Mode, in_features: int) -> Tensor:
