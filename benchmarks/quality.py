@@ -31,7 +31,8 @@ PAGE = """# What each rewrite costs and saves, untrained
 Written by `benchmarks/quality.py` (torch {torch}): the embedded model `examples/tiny_lm` (6.9 M parameters, V = 8192, untied
 head), no training at all. Perplexity and KL(original ‖ rewritten) in nats per token on the first 12 × 1024 held-out tokens, top-1
 agreement on the same. Every setting not marked *uncalibrated* was fitted with statistics of the calibration split, in windows of
-256 tokens as it is stored, for attention of 1024. All numbers of one table come from one run.
+256 tokens as it is stored, for attention of 1024. Nothing here depends on the machine's load; rows of the committed page come
+from several runs of the script, each of part of the settings.
 
 - *sites*: those rewritten by a pass of the table, without preparatory exact ones.
 - *parameters*: floating-point numbers; packed codes are not among them. *stored*: bytes of everything as saved, fp16 where that
@@ -43,7 +44,7 @@ agreement on the same. Every setting not marked *uncalibrated* was fitted with s
 
 How to read it
 
-- **4 bits cost nothing worth having** when calibrated, 3 bits a few per cent, and below that models break without training. Among the
+- **ShiftAdd**: calibrated, 4 bits cost half a per cent, 3 bits three to four, 2 bits twenty: train those. Among the
   modes `bcq` and `uniform` are close; a single power of two per weight is for hardware that wants it.
 - **Heads**: product codes are the ones to take; tiers and pure codebooks cannot tell the tokens of a cluster apart, which is a floor
   of the structure and not of the fit ([vq_logits](vq_logits.md)).
@@ -122,11 +123,11 @@ def tversky() -> list[Setting]:
     outputs: dict[str, str | None] = {"re:.*o_proj": "tversky", "re:.*": None}
     body: dict[str, str | None] = {"lm_head": None}
     return [
-        Setting("tversky signed pair, all linears", (Tversky(init="signed_pair"),), body, calibrated=False),
-        Setting("tversky low rank 96, output projections", (Tversky(features=96),), outputs),
-        Setting("tversky low rank, error 0.1, body", (Tversky(),), body),
+        Setting("tversky signed pair, all linears", ("fuse", Tversky(init="signed_pair")), body, calibrated=False),
+        Setting("tversky low rank 96, output projections", ("fuse", Tversky(features=96)), outputs),
+        Setting("tversky low rank, error 0.05 (default), body", (Tversky(),), body),
         Setting("tversky low rank, error 0.3, body", (Tversky(max_error=0.3),), body),
-        Setting("tversky single pass, output projections", (Tversky(init="single"),), outputs),
+        Setting("tversky single pass, output projections", ("fuse", Tversky(init="single")), outputs),
     ]
 
 
