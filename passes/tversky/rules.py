@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -110,6 +111,7 @@ class TverskyRule(Rule):
         }
         return tensors | trained
 
+    @abstractmethod
     def fit(
         self,
         weight: Tensor,
@@ -120,7 +122,6 @@ class TverskyRule(Rule):
         generator: torch.Generator,
     ) -> Fit:
         """The tensors for a dense weight ``[P, d]``; without values while an exact rule is being planned."""
-        raise NotImplementedError
 
     def _shared(self, role: str, tensor: Tensor) -> Tensor:
         """A bank that layers have in common is one parameter under the names of all of them."""

@@ -10,6 +10,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -18,7 +19,6 @@ BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
 
 
 def test_the_page_runs_and_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ort = pytest.importorskip("onnxruntime")
     blocks = BLOCK.findall(PAGE.read_text())
     script = tmp_path / "own_rules.py"
     script.write_text("\n\n".join(text for kind, text in blocks if kind == "python"))

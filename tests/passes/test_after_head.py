@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,7 +223,6 @@ def test_saved_and_loaded_it_is_the_same(name: str, tmp_path: Path) -> None:
     [("tiers", "log_softmax"), ("tiers", "topk"), ("tiers", "all of it"), ("product", "mean"), ("product", "argmax")],
 )
 def test_onnx_runtime_agrees(kind: str, name: str, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     opt = rewriter.optimize(Model(kind, FORMS[name]).eval(), ["after_head"], inputs())
     opt.export_onnx(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

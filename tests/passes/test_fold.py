@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import kinds
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -474,7 +475,6 @@ def test_to_module_names_the_site(folded: Optimized) -> None:
 
 
 def test_onnx(folded: Optimized, tmp_path: Any) -> None:
-    ort = pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
     folded.export_onnx(path)
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -168,7 +168,6 @@ def test_the_uniform_grid_is_as_good_as_a_plain_search(family: str) -> None:
         assert float(found.sum()) <= float(plain.sum()) * (1 + 1e-6)
 
 
-@pytest.mark.skipif(not CHECKPOINT.exists(), reason="examples/tiny_lm holds no checkpoint yet")
 @pytest.mark.parametrize("scale", SCALES)
 def test_trained_weights_are_never_worse_than_the_uniform_grid(scale: bcq.ScaleKind) -> None:
     from safetensors import safe_open

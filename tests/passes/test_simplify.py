@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import kinds
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -107,7 +108,6 @@ def test_undo_save_module_and_training(kind: str, tmp_path: Any) -> None:
 
 
 def test_onnx(tmp_path: Any) -> None:
-    ort = pytest.importorskip("onnxruntime")
     opt = rewriter.optimize(kinds.build("sequential"), ["simplify"])
     opt.export_onnx(tmp_path / "model.onnx")
     session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
