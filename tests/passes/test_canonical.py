@@ -186,6 +186,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_cross_entropy(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     model = Loss(LOSSES[name]).eval().to(dtype)
 
     def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +198,9 @@ def test_cross_entropy(name: str, dtype: torch.dtype) -> None:
     before, after, rules = canonical(model, *inputs(4, 5))
     assert rules[-1] == "cross_entropy" and aten.log_softmax.int not in targets(after)
     assert targets(after).count(aten.cross_entropy_loss.default) == 1
-    rewriter.verify(before, after, [inputs(4, 5), inputs(3, 8), inputs(8, 64)]).raise_if_failed()
+    # A loss is one number, so that its error on one input is a lottery; a dozen inputs say what is usual.
+    samples = [inputs(4, 5), inputs(3, 8), *(inputs(8, length) for length in range(55, 65))]
+    rewriter.verify(before, after, samples).raise_if_failed()
 
 
 # --------------------------------------------------------------------------------------------------- refusals
