@@ -2,7 +2,7 @@
 # Every target that needs Python first brings .venv up to date; when nothing changed that takes a tenth of a second.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mlir demo test fuzz compat lint layout clean
+.PHONY: help setup mlir demo test fuzz compat kernels-report lint layout clean
 
 # The first Python 3.11 or newer on this machine; `make PYTHON=/path/to/python …` overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -15,7 +15,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 setup:  ## bring .venv to what constraints.txt pins
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; install one or run: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -38,6 +38,9 @@ fuzz: setup  ## 100 000 examples of the matcher (writes docs/fuzz.md), then ever
 
 compat: setup  ## smoke test in throw-away environments, oldest to newest; writes docs/compat.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/compat/run.py $(ARGS)
+
+kernels-report: setup  ## compile every kernel for four GPUs: registers, shared memory, spills (ARGS=name narrows it)
+	$(BIN)/python scripts/kernels_report.py $(ARGS)
 
 lint: setup layout  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -7,13 +7,20 @@ registered, what the operator decomposes into for Inductor, MLIR and ONNX, and w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+
+from rewriter.kernels.launching import Unsupported
+
+_log = logging.getLogger("rewriter")
 
 NAMESPACE = "rewriter"
 
@@ -43,12 +50,15 @@ class KernelSpec:
         reference: plain aten; must return fresh tensors (no views of inputs). The dtype of every output is a
             function of the *activations'* dtypes only, the same in eager, fake and compiled execution.
         fake: shapes and dtypes without data.
-        setup_context: saves for backward (``ctx, inputs, output``).
-        backward: gradient of the operator (``ctx, *grads``), one entry per input.
-        vmap: batching rule (``info, in_dims, *args``) -> (output, out_dims).
         cost: work of one call, from the same arguments.
+        setup_context: saves for backward (``ctx, inputs, output``).
+        backward: gradient of the operator (``ctx, *grads``), one entry per input. None, like the two beside it, for
+            an operator that is itself a gradient: it has no derivative and is not mapped.
+        vmap: batching rule (``info, in_dims, *args``) -> (output, out_dims).
         autocast: names of the activation arguments that autocast casts to its dtype (as it does for ``linear``).
-        launch: kernel for CUDA/HIP devices, or None while only the reference exists.
+        implementations: faster code by device ("cpu"; "cuda", which is also HIP), as ``"module:function"`` with the
+            reference's arguments and results. It is imported at the first call, and raises `Unsupported` for
+            arguments it does not do: then the reference runs.
         decomposition: what compilers and exporters inline, tested equal to the reference. Needed only where the
             reference cannot be traced with dynamic sizes (a loop over chunks of the sequence); default: the reference.
     """
@@ -57,26 +67,58 @@ class KernelSpec:
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    setup_context: Callable[..., None]
-    backward: Callable[..., Any]
-    vmap: Callable[..., Any]
     cost: Callable[..., Cost]
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+    vmap: Callable[..., Any] | None = None
     autocast: tuple[str, ...] = ()
-    launch: Callable[..., Any] | None = None
+    implementations: Mapping[str, str] = field(default_factory=dict)
     decomposition: Callable[..., Any] | None = None
 
     def register(self) -> OpOverload:
         """Define the operator with torch (once per process) and return its overload."""
         op = torch.library.custom_op(f"{NAMESPACE}::{self.name}", self.reference, mutates_args=(), schema=self.schema)
         op.register_fake(self.fake)
-        op.register_autograd(self.backward, setup_context=self.setup_context)
-        op.register_vmap(self.vmap)
-        if self.launch is not None:
-            op.register_kernel("cuda")(self.launch)
+        if self.backward is not None:
+            op.register_autograd(self.backward, setup_context=self.setup_context)
+        if self.vmap is not None:
+            op.register_vmap(self.vmap)
+        for device in self.implementations:
+            op.register_kernel(device)(partial(self._run, device))
         overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         _register_autocast(overload, self.autocast)
         REGISTRY[overload] = self
         return overload
+
+    def implementation(self, device: str) -> Callable[..., Any]:
+        """The faster code for a device.
+
+        Raises:
+            Unsupported: there is none, or what it needs is not installed.
+        """
+        if device not in self.implementations:
+            raise Unsupported(f"{self.name} has no implementation for {device}")
+        return _function(self.implementations[device])
+
+    def _run(self, device: str, *args: Any) -> Any:
+        try:
+            return self.implementation(device)(*args)
+        except Unsupported as reason:
+            _log.debug("%s runs its reference on %s: %s", self.name, device, reason)
+            return self.reference(*args)
+
+
+@cache
+def _function(address: str) -> Callable[..., Any]:
+    """What ``"module:function"`` names."""
+    module, _, name = address.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("rewriter"):
+            raise
+        raise Unsupported(f"{error.name} is not installed") from error
+    return found
 
 
 # Every registered operator: the decomposition table, the cost model and the exporters read it.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run Triton kernels on the CPU, one call at a time: ``Interpreted(kernel)[grid](*tensors, **constexprs)``.
 
+``with interpreting():`` does so for whole device implementations, in poisoned memory.
+
 Triton interprets kernels when ``TRITON_INTERPRET`` is set while they are decorated, and then cannot compile them any
 more. Here the decorated kernel stays what it is: a call swaps in the interpreted language, under a lock, and puts the
 real one back. Three faults of the stock interpreter are mended meanwhile:
@@ -26,9 +28,12 @@ from unittest.mock import patch
 
 import ml_dtypes
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
+
+from rewriter.kernels.launching import Request, running
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _lock = threading.RLock()
@@ -76,6 +81,71 @@ def interpreted_language() -> Iterator[None]:
                 yield
         finally:
             _depth -= 1
+
+
+# ------------------------------------------------------------------------------------- requests of device code
+
+CANARY = 256  # bytes before and after every storage
+
+
+@contextlib.contextmanager
+def interpreting(which: int = 0) -> Iterator[None]:
+    """Device implementations run on CPU tensors inside: `launch` interprets configuration ``which`` (or the last).
+
+    The device checks no bounds and starts with whatever memory holds. So each storage a kernel sees is a copy between
+    canaries (NaN in every floating type), which must be unharmed afterwards; and what is allocated inside begins as NaN,
+    or as the largest integer.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)  # which fills what `empty` returns
+    try:
+        with running(lambda request: _interpret(request, which)):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _interpret(request: Request, which: int) -> None:
+    start = request.start(request.configs[min(which, len(request.configs) - 1)])
+    storages = {a.untyped_storage().data_ptr(): a for a in start.args.values() if isinstance(a, torch.Tensor)}
+    guarded = {address: _Guarded(tensor, seed) for seed, (address, tensor) in enumerate(storages.items())}
+    args = {
+        name: guarded[a.untyped_storage().data_ptr()].twin(a) if isinstance(a, torch.Tensor) else a
+        for name, a in start.args.items()
+    }
+    Interpreted(start.kernel)[start.grid](**args, **start.constants)
+    for storage in guarded.values():
+        storage.give_back(start.kernel.__name__)
+
+
+class _Guarded:
+    """A storage copied between two canaries.
+
+    Units of 16 bits 1111111111xxxxxx are NaN in bfloat16 and float16, pairs of them in float32, fours in float64. The x
+    are random for each storage, since arithmetic hands the bits of a NaN on: a kernel that reads one canary and writes
+    what it got to another must not leave it as it was.
+    """
+
+    def __init__(self, tensor: torch.Tensor, seed: int) -> None:
+        self._original = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        size = self._original.numel()
+        units = np.random.default_rng(seed).integers(0xFFC0, 0x10000, (size + 2 * CANARY + 1) // 2, dtype=np.uint16)
+        self._memory = torch.from_numpy(units.view(np.uint8))
+        self._outside = self._memory.clone()
+        self._inside = slice(CANARY, CANARY + size)
+        self._memory[self._inside] = self._original
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The view of the copy that ``tensor`` is of the original."""
+        offset = CANARY // tensor.element_size() + tensor.storage_offset()
+        view = torch.empty(0, dtype=tensor.dtype)
+        return view.set_(self._memory.untyped_storage(), offset, tensor.shape, tensor.stride())
+
+    def give_back(self, kernel: str) -> None:
+        self._original.copy_(self._memory[self._inside])
+        self._memory[self._inside] = self._outside[self._inside]
+        if not torch.equal(self._memory, self._outside):
+            raise AssertionError(f"{kernel} wrote outside a tensor")
 
 
 class _Nothing:

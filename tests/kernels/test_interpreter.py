@@ -10,10 +10,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import Interpreted
+from interpreter import Interpreted, interpreting
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from rewriter.kernels.launching import Config, launch
 
 
 @triton.jit
@@ -100,3 +102,38 @@ def test_nothing_stays_patched_and_kernels_still_compile(tmp_path: Path, monkeyp
     signature = {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*bf16", "n": "i32", "BLOCK": "constexpr"}
     compiled = triton.compile(ASTSource(_scale_add, signature, {"BLOCK": 32}), target=GPUTarget("cuda", 90, 32))
     assert "ptx" in compiled.asm
+
+
+# ----------------------------------------------------------------------------------- device code in poisoned memory
+
+
+def _scaled_sum(x: Tensor, y: Tensor, *, block: int = 32, n: int | None = None) -> Tensor:
+    out = torch.empty_like(x)
+    args = {"x_ptr": x, "y_ptr": y, "out_ptr": out, "n": x.numel() if n is None else n}
+    launch(_scale_add, lambda c: (triton.cdiv(x.numel(), c["BLOCK"]),), args, {}, [Config({"BLOCK": block})])
+    return out
+
+
+def test_device_code_is_interpreted() -> None:
+    x, y = _random(2, 50, dtype=torch.float32)
+    with interpreting():
+        out = _scaled_sum(x, y)
+    assert torch.equal(out, x * y + x)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_a_kernel_does_not_write_is_nan() -> None:
+    x, y = _random(2, 50, dtype=torch.bfloat16)
+    with interpreting():
+        assert _scaled_sum(x, y, n=49)[-1].isnan()
+
+
+def test_a_write_outside_is_found() -> None:
+    x, y = _random(2, 50, dtype=torch.float32)
+    with interpreting(), pytest.raises(AssertionError, match="_scale_add wrote outside"):
+        _scaled_sum(x, y, n=64)
+
+
+def test_a_grid_of_nothing_starts_nothing() -> None:
+    with interpreting():
+        assert _scaled_sum(torch.empty(0), torch.empty(0)).numel() == 0

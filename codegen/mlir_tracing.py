@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph of the dialect becomes core aten that torch-mlir imports: inlined, traced again, decomposed, located."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
+from torch.export import Dim, ExportedProgram
+from torch.fx import traceback
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from rewriter import store
+from rewriter.codegen import mlir_decompositions
+from rewriter.codegen.decomposition import inline
+from rewriter.codegen.mlir_process import Origin
+from rewriter.errors import ExportError
+from rewriter.facts import path_of
+
+# Higher-order operators torch-mlir's importer has a translation for.
+_IMPORTED = frozenset({"while_loop"})
+
+
+class _Interpreted(nn.Module):
+    """Holds exactly the tensors a graph reads, under their names, and interprets the graph on them.
+
+    All are persistent buffers: the importer finds no others. Nothing is trained here.
+    """
+
+    interpreted: fx.Graph
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__()
+        self.interpreted = graph_module.graph
+        for node in graph_module.graph.find_nodes(op="get_attr"):
+            value = _attribute(graph_module, str(node.target))
+            if isinstance(value, fx.GraphModule):
+                self._modules[str(node.target)] = value
+            else:
+                store.put(self, str(node.target), value.detach())
+
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        with traceback.preserve_node_meta():
+            return tuple(fx.Interpreter(self, graph=self.interpreted).run(*flat))
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def is_dynamic(graph: fx.Graph) -> bool:
+    """Whether a placeholder has a size that is not a number."""
+    return any(dimensions(node) for node in graph.find_nodes(op="placeholder"))
+
+
+def dimensions(node: fx.Node) -> dict[int, Any]:
+    """The symbolic dimensions of a placeholder, as `torch.export` asks for them."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        raise ExportError(f"input {node.name!r} carries no tensor meta['val']; capture the model with rewriter.capture")
+    # DYNAMIC and not named Dims: torch then infers ranges and relations instead of refusing.
+    return {d: Dim.DYNAMIC for d, size in enumerate(value.shape) if not is_concrete_int(size)}
+
+
+def trace(graph_module: fx.GraphModule, example: Sequence[Tensor], *, static: bool) -> ExportedProgram:
+    """Core aten, functional, with our operators and attention inlined.
+
+    Args:
+        graph_module: a graph of the dialect; not changed.
+        example: one tensor per placeholder.
+        static: make every size that of the example.
+
+    Raises:
+        ExportError: the example does not fit, torch cannot trace the graph, or a higher-order operator is left.
+    """
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(example):
+        raise ExportError(f"the graph takes {len(placeholders)} tensors, the example has {len(example)}")
+    dynamic = None if static else (tuple(dimensions(n) for n in placeholders),)
+    inlined = inline(graph_module, mlir_decompositions.inlined())
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            program = torch.export.export(
+                _Interpreted(inlined), tuple(t.detach() for t in example), dynamic_shapes=dynamic, strict=False
+            )
+            program = program.run_decompositions(mlir_decompositions.lowered())
+    except ExportError:
+        raise
+    except Exception as reason:
+        raise ExportError(f"the graph cannot be traced for MLIR: {_first_lines(reason)}") from reason
+    _check_operators(program.graph)
+    return program
+
+
+def locate(graph: fx.Graph) -> tuple[Origin, ...]:
+    """Give every node its module path as location, and return what stands at each number.
+
+    The importer reads a node's location from ``meta["stack_trace"]``: file and line of its last frame. Module path and
+    number of the node take their place, which say more, are the same on every machine, and name no source file.
+    """
+    origins = []
+    for number, node in enumerate(graph.nodes):
+        site = path_of(node) if node.op == "call_function" else ""
+        origins.append(Origin(str(node.target), site or "root"))
+        node.meta["stack_trace"] = f'File "{site or ROOT}", line {number}, in forward'
+    return tuple(origins)
+
+
+def _check_operators(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        target = node.target
+        if isinstance(target, HigherOrderOperator) and target.name() not in _IMPORTED:
+            raise ExportError(
+                f"{target.name()} at {path_of(node) or 'the root module'}: torch-mlir does not import this control flow; "
+                "write it without (a loop of known length unrolls), or export to ONNX, which has it"
+            )
+
+
+def _first_lines(reason: BaseException, count: int = 6) -> str:
+    lines = [line for line in str(reason).splitlines() if line.strip()]
+    return "\n  ".join(lines[:count]) or type(reason).__name__
