@@ -25,12 +25,14 @@ def inlined() -> Table:
     return {**decompositions(), aten.scaled_dot_product_attention.default: attention}
 
 
-def lowered() -> Table:
+def lowered(dialect: str) -> Table:
     """torch-mlir's decompositions and ours, for `ExportedProgram.run_decompositions`."""
     from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
-    # A copy: the function returns the same dictionary to every caller.
-    return {**get_decomposition_table(), **_OWN}
+    table = {**get_decomposition_table(), **_OWN}  # a copy: the function gives every caller the same dictionary
+    if dialect == "tosa":
+        table[aten._to_copy.default] = _cast_by(table[aten._to_copy.default])
+    return table
 
 
 def attention(
@@ -66,27 +68,83 @@ def attention(
     return torch.where((bias > -torch.inf).any(dim=-1, keepdim=True), result, 0.0)
 
 
-# -- bit operations with a number ------------------------------------------------------------------------------------
+# -- bytes -------------------------------------------------------------------------------------------------------------
+# Codes are unsigned bytes. torch-mlir moves, gathers and casts those; it makes no constants of them (linalg: the pass
+# dies; tosa: refused), so constants and bit operations are made in int32, where they are the same numbers.
 
 
-def _with_number(operator: OpOverload) -> Callable[[Tensor, int], Tensor]:
-    """x ∘ n = x ∘ [n, n, …]: torch-mlir knows the overloads of two tensors only."""
+def _wide(dtype: torch.dtype | None) -> torch.dtype | None:
+    return torch.int32 if dtype in (torch.uint8, torch.int8) else dtype
 
-    def replaced(x: Tensor, number: int) -> Tensor:
-        return operator(x, torch.full_like(x, number))
+
+def _constant(operator: OpOverload) -> Callable[..., Any]:
+    """A constructor of bytes as one of int32 and a cast."""
+
+    def replaced(*args: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        like = args[0].dtype if isinstance(args[0], Tensor) else None
+        asked = dtype or like
+        return NotImplemented if _wide(asked) is asked else operator(*args, dtype=_wide(asked), **options).to(asked)
+
+    return replaced
+
+
+def _bitwise(operator: OpOverload) -> Callable[[Tensor, Tensor], Any]:
+    """x ∘ y of one shape and not of bytes: stablehlo broadcasts none."""
+
+    def replaced(x: Tensor, y: Tensor) -> Any:
+        dtype = torch.result_type(x, y)
+        wide = _wide(dtype)
+        if x.dtype is y.dtype is wide and x.shape == y.shape:
+            return NotImplemented  # torch-mlir's own lowering is right
+        one, two = torch.broadcast_tensors(x.to(wide), y.to(wide))
+        return operator(one, two).to(dtype)
+
+    return replaced
+
+
+def _spelled(operator: OpOverload) -> Callable[[Tensor, Tensor | int], Tensor]:
+    """x ∘ n = x ∘ [n, n, …]: the other spellings of an operator, of which torch-mlir knows some in some dialects."""
+
+    def replaced(x: Tensor, y: Tensor | int) -> Tensor:
+        return operator(x, y if isinstance(y, Tensor) else torch.full_like(x, y))
 
     return replaced
 
 
 _OWN: Table = {
-    aten.bitwise_and.Scalar: _with_number(aten.bitwise_and.Tensor),
-    aten.bitwise_or.Scalar: _with_number(aten.bitwise_or.Tensor),
-    aten.bitwise_xor.Scalar: _with_number(aten.bitwise_xor.Tensor),
-    aten.bitwise_left_shift.Tensor_Scalar: _with_number(aten.bitwise_left_shift.Tensor),
-    aten.bitwise_right_shift.Tensor_Scalar: _with_number(aten.bitwise_right_shift.Tensor),
-    aten.__and__.Scalar: _with_number(aten.bitwise_and.Tensor),
-    aten.__or__.Scalar: _with_number(aten.bitwise_or.Tensor),
-    aten.__xor__.Scalar: _with_number(aten.bitwise_xor.Tensor),
-    aten.__lshift__.Scalar: _with_number(aten.bitwise_left_shift.Tensor),
-    aten.__rshift__.Scalar: _with_number(aten.bitwise_right_shift.Tensor),
+    **{op: _constant(op) for op in (aten.arange.start_step, aten.full_like.default, aten.scalar_tensor.default)},
 }
+for _operator, *_spellings in (
+    (aten.bitwise_and.Tensor, aten.bitwise_and.Scalar, aten.__and__.Tensor, aten.__and__.Scalar),
+    (aten.bitwise_or.Tensor, aten.bitwise_or.Scalar, aten.__or__.Tensor, aten.__or__.Scalar),
+    (aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar, aten.__xor__.Tensor, aten.__xor__.Scalar),
+    (
+        aten.bitwise_left_shift.Tensor,
+        aten.bitwise_left_shift.Tensor_Scalar,
+        aten.__lshift__.Tensor,
+        aten.__lshift__.Scalar,
+    ),
+    (
+        aten.bitwise_right_shift.Tensor,
+        aten.bitwise_right_shift.Tensor_Scalar,
+        aten.__rshift__.Tensor,
+        aten.__rshift__.Scalar,
+    ),
+):
+    _OWN |= {_operator: _bitwise(_operator), **dict.fromkeys(_spellings, _spelled(_operator))}
+
+
+# TOSA has no unsigned integers: its cast of a byte extends the sign, and byte arithmetic is signed. What the package's
+# operators need of bytes is to move, gather and cast them.
+
+
+def _cast_by(other: Callable[..., Any]) -> Callable[..., Any]:
+    """A byte as a number: the cast, then the low eight bits; any other cast by ``other``."""
+
+    def replaced(x: Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        if x.dtype is not torch.uint8 or dtype in (None, torch.uint8):
+            return other(x, dtype=dtype, **options)
+        signed = torch.ops.prims.convert_element_type.default(x, torch.int32)
+        return torch.bitwise_and(signed, torch.full_like(signed, 255)).to(dtype)
+
+    return replaced

@@ -31,7 +31,7 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a node of the imported graph comes from: operator (``aten.linear.default``) and module path."""
+    """Where a node of the imported graph comes from: operator (``aten.linear.default``) and module path, or ``root``."""
 
     operator: str
     site: str
@@ -72,7 +72,7 @@ def failure(doing: str, output: str, origins: Sequence[Origin], status: int) -> 
         return ExportError(f"cannot {doing}: {_cut(last[0])}{ending}; try another dialect")
     origin = _origin(found, origins)
     return ExportError(
-        f"cannot {doing}: {origin.operator} at {origin.site or 'the root module'}: {_cut(found['text'])}{ending}. "
+        f"cannot {doing}: {origin.operator} at {origin.site}: {_cut(found['text'])}{ending}. "
         f"{_advice(origin.operator)}"
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
@@ -19,9 +19,16 @@ from rewriter.codegen.decomposition import inline
 from rewriter.codegen.mlir_process import Origin
 from rewriter.errors import ExportError
 from rewriter.facts import path_of
+from rewriter.schemas import ASSERTIONS
 
 # Higher-order operators torch-mlir's importer has a translation for.
 _IMPORTED = frozenset({"while_loop"})
+
+# What leaves the value of a byte alone. TOSA has no unsigned integers: anything else there would compute with signs.
+_MOVES = frozenset(
+    "alias cat clone constant_pad_nd convert_element_type detach embedding expand flip gather index index_select"
+    " permute select slice squeeze transpose unsqueeze view".split()
+)
 
 
 class _Interpreted(nn.Module):
@@ -68,12 +75,15 @@ def dimensions(node: fx.Node) -> dict[int, Any]:
     return {d: Dim.DYNAMIC for d, size in enumerate(value.shape) if not is_concrete_int(size)}
 
 
-def trace(graph_module: fx.GraphModule, example: Sequence[Tensor], *, static: bool) -> ExportedProgram:
+def trace(
+    graph_module: fx.GraphModule, example: Sequence[Tensor], dialect: str, *, static: bool
+) -> ExportedProgram:
     """Core aten, functional, with our operators and attention inlined.
 
     Args:
         graph_module: a graph of the dialect; not changed.
         example: one tensor per placeholder.
+        dialect: it will be lowered to.
         static: make every size that of the example.
 
     Raises:
@@ -87,15 +97,26 @@ def trace(graph_module: fx.GraphModule, example: Sequence[Tensor], *, static: bo
     try:
         with torch.inference_mode(False), torch.no_grad():
             program = torch.export.export(
-                _Interpreted(inlined), tuple(t.detach() for t in example), dynamic_shapes=dynamic, strict=False
+                _Interpreted(inlined), _enlarged(example, dynamic), dynamic_shapes=dynamic, strict=False
             )
-            program = program.run_decompositions(mlir_decompositions.lowered())
+            program = program.run_decompositions(mlir_decompositions.lowered(dialect))
     except ExportError:
         raise
     except Exception as reason:
-        raise ExportError(f"the graph cannot be traced for MLIR: {_first_lines(reason)}") from reason
-    _check_operators(program.graph)
+        raise ExportError(f"the graph cannot be traced for MLIR: {_what(reason)}") from reason
+    _drop_assertions(program.graph)
+    _check_operators(program.graph, dialect)
     return program
+
+
+def _enlarged(example: Sequence[Tensor], dynamic: tuple[tuple[dict[int, Any], ...]] | None) -> tuple[Tensor, ...]:
+    """The example with every dynamic size 1 doubled: export would take a 1 for a constant."""
+    tensors = [tensor.detach() for tensor in example]  # new objects: export marks the ones it is given
+    for i, dims in enumerate(dynamic[0] if dynamic else ()):
+        for d in dims:
+            if tensors[i].shape[d] == 1:
+                tensors[i] = torch.cat([tensors[i], tensors[i]], dim=d)
+    return tuple(tensors)
 
 
 def locate(graph: fx.Graph) -> tuple[Origin, ...]:
@@ -106,22 +127,45 @@ def locate(graph: fx.Graph) -> tuple[Origin, ...]:
     """
     origins = []
     for number, node in enumerate(graph.nodes):
-        site = path_of(node) if node.op == "call_function" else ""
-        origins.append(Origin(str(node.target), site or "root"))
-        node.meta["stack_trace"] = f'File "{site or ROOT}", line {number}, in forward'
+        site = (path_of(node) if node.op == "call_function" else "") or "root"
+        origins.append(Origin(str(node.target), site))
+        node.meta["stack_trace"] = f'File "{site}", line {number}, in forward'
     return tuple(origins)
 
 
-def _check_operators(graph: fx.Graph) -> None:
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Compiled code asserts nothing; what only fed assertions goes with them."""
+    for node in list(graph.nodes):
+        if node.target in ASSERTIONS:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _check_operators(graph: fx.Graph, dialect: str) -> None:
     for node in graph.nodes:
-        target = node.target
+        target, site = node.target, path_of(node) or "root"
         if isinstance(target, HigherOrderOperator) and target.name() not in _IMPORTED:
             raise ExportError(
-                f"{target.name()} at {path_of(node) or 'the root module'}: torch-mlir does not import this control flow; "
-                "write it without (a loop of known length unrolls), or export to ONNX, which has it"
+                f"{target.name()} at {site}: torch-mlir does not import this control flow; write it without "
+                "(a loop of known length unrolls), or export to ONNX, which has it"
+            )
+        if dialect == "tosa" and _computes_with_bytes(node):
+            raise ExportError(
+                f"{target} at {site} computes with uint8, and tosa has no unsigned integers; convert to int32 first, "
+                "or choose another dialect"
             )
 
 
-def _first_lines(reason: BaseException, count: int = 6) -> str:
-    lines = [line for line in str(reason).splitlines() if line.strip()]
-    return "\n  ".join(lines[:count]) or type(reason).__name__
+def _computes_with_bytes(node: fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    touched = any(isinstance(v, Tensor) and v.dtype is torch.uint8 for v in values)
+    return touched and node.target._schema.name.partition("::")[2] not in _MOVES
+
+
+def _what(reason: BaseException) -> str:
+    """The message without the traceback that torch appends."""
+    text = str(reason).partition("Original traceback:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n  ".join(lines[:6]) or type(reason).__name__

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Read when the libraries are imported, so set before.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Compiled sources of the CPU kernels: beside the other products of a build, not among the user's.
+os.environ.setdefault("REWRITER_CACHE", str(Path(__file__).resolve().parent.parent / "build" / "cache"))
 
 import pytest
 import torch

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.after_head import reference
-from rewriter.kernels.after_head.shared import Pair, check_k, check_linear, fake_topk, topk_vmap
+from rewriter.kernels.after_head.shared import Pair, check_linear, fake_topk, topk_vmap
 from rewriter.kernels.spec import Cost, KernelSpec
 from rewriter.kernels.vq_logits.reference import loss_dtype
-from rewriter.kernels.vq_logits.shared import Grads, positions, tensor_bytes, vmap_rule
+from rewriter.kernels.vq_logits.shared import Grads, check_k, positions, tensor_bytes, vmap_rule
 
 
 def _logsumexp(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

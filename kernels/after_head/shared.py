@@ -14,34 +14,15 @@ from rewriter.kernels.vq_logits.shared import check_hidden, check_per_token
 Pair = tuple[Tensor, Tensor]
 
 
-def check_tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> None:
-    """h ``[..., d]``, codebook ``[K, d]``, code_of uint8 ``[V, 1 to 3 bytes]``, token_bias ``[V]``."""
-    check_hidden(h)
-    torch._check(codebook.dim() == 2, lambda: f"codebook must be [K, d], not {tuple(codebook.shape)}")
-    _check_width(h, codebook, "codebook")
-    torch._check(code_of.dtype == torch.uint8, lambda: f"code_of must be uint8, not {code_of.dtype}")
-    torch._check(
-        code_of.dim() == 2 and code_of.shape[1] in (1, 2, 3),
-        lambda: f"code_of must be [V, 1 to 3 bytes], not {tuple(code_of.shape)}",
-    )
-    check_per_token("token_bias", token_bias, code_of)
-
-
 def check_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """h ``[..., d]``, weight ``[V, d]``, bias ``[V]``."""
     check_hidden(h)
     torch._check(weight.dim() == 2, lambda: f"weight must be [V, d], not {tuple(weight.shape)}")
-    _check_width(h, weight, "weight")
-    check_per_token("bias", bias, weight)
-
-
-def check_target(h: Tensor, target: Tensor) -> None:
-    """Class numbers: target int64 of h's leading dimensions."""
-    torch._check(target.dtype == torch.int64, lambda: f"target must be int64, not {target.dtype}")
     torch._check(
-        target.shape == h.shape[:-1],
-        lambda: f"target must be {tuple(h.shape[:-1])} for h {tuple(h.shape)}, not {tuple(target.shape)}",
+        h.shape[-1] == weight.shape[1],
+        lambda: f"h has width {h.shape[-1]}, the weight {weight.shape[1]}",
     )
+    check_per_token("bias", bias, weight)
 
 
 def check_probabilities(h: Tensor, target: Tensor, tokens: int) -> None:
@@ -55,10 +36,6 @@ def check_probabilities(h: Tensor, target: Tensor, tokens: int) -> None:
 
 def check_smoothing(label_smoothing: float) -> None:
     torch._check(0 <= label_smoothing <= 1, lambda: f"label_smoothing must lie in [0, 1], not {label_smoothing}")
-
-
-def check_k(k: int, tokens: int) -> None:
-    torch._check(1 <= k <= tokens, lambda: f"k must lie in [1, {tokens}], not {k}")
 
 
 def fake_topk(h: Tensor, k: int) -> Pair:
@@ -81,10 +58,3 @@ def topk_vmap(name: str) -> Callable[..., tuple[Pair, tuple[int, int]]]:
         return (torch.stack(values), torch.stack(tokens)), (0, 0)
 
     return rule
-
-
-def _check_width(h: Tensor, rows: Tensor, what: str) -> None:
-    torch._check(
-        h.shape[-1] == rows.shape[1],
-        lambda: f"h has width {h.shape[-1]}, the {what} {rows.shape[1]}",
-    )

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from rewriter.kernels.after_head import reference
 from rewriter.kernels.after_head.reference import code_logits, code_sums, log_within, soft_weights
-from rewriter.kernels.after_head.shared import (
-    Pair,
-    check_k,
-    check_probabilities,
-    check_smoothing,
-    check_target,
-    check_tiers,
-    fake_topk,
-    topk_vmap,
-)
+from rewriter.kernels.after_head.shared import Pair, check_probabilities, check_smoothing, fake_topk, topk_vmap
 from rewriter.kernels.spec import Cost, KernelSpec
 from rewriter.kernels.vq_logits.codec import unpack_codes
 from rewriter.kernels.vq_logits.reference import code_log_mass, loss_dtype
-from rewriter.kernels.vq_logits.shared import Grads, positions, save_inputs, tensor_bytes, vmap_rule
+from rewriter.kernels.vq_logits.shared import (
+    Grads,
+    check_k,
+    check_target,
+    check_tiers,
+    positions,
+    save_inputs,
+    tensor_bytes,
+    vmap_rule,
+)
 
 # -- gradients common to all -------------------------------------------------------------------------------------
 
@@ -361,6 +361,7 @@ TOPK = KernelSpec(
     vmap=topk_vmap("vq_tiers_topk"),
     cost=_topk_cost,
     autocast=("h",),
+    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_tiers_topk"},
 )
 
 vq_tiers_log_softmax = LOG_SOFTMAX.register()

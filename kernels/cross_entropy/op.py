@@ -3,7 +3,8 @@
 
 What it computes, and the gradient, are written in `rewriter.kernels.cross_entropy.reference`. log Z is a second result
 because the way back needs it, and because penalties on it (z-loss) are common. Gradients flow to x, weight, bias and class
-weights; the backward is differentiable aten of saved inputs and results, so second derivatives are right too.
+weights. On the CPU the way back is differentiable aten of saved inputs and results, so second derivatives are right too; on
+a GPU it is `rewriter::linear_cross_entropy_backward`, which has none.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from rewriter.kernels.cross_entropy import reference
-from rewriter.kernels.cross_entropy.reference import Pair, Targets, loss_dtype
+from rewriter.kernels.cross_entropy.gradient import Gradients, gradients
+from rewriter.kernels.cross_entropy.reference import Pair, loss_dtype
 from rewriter.kernels.spec import Cost, KernelSpec
 from rewriter.kernels.vq_logits.shared import positions, tensor_bytes
 
 _ACTIVATIONS = (0, 3)  # x and target: what may have more leading dimensions
+_DIFFERENTIABLE = (0, 1, 2, 4)  # x, weight, bias, class weights
 
 
 def _fake(
@@ -44,52 +47,39 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor, grad_log_z: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, target, class_weight, log_z = ctx.saved_tensors
-    ignore_index, smoothing, softcap, chunk = ctx.options
-    classes, flat = weight.shape[0], x.reshape(-1, x.shape[-1])
-    which = Targets.of(x, target, class_weight, classes, ignore_index)
-    kept = torch.where(which.counted, grad, 0.0)
-    to_own = (1.0 - smoothing) * kept * which.own
-    to_each = (smoothing / classes * kept).unsqueeze(-1)
-    to_share = (to_own + grad_log_z).unsqueeze(-1) + to_each * which.weights.sum()
-    to_x, to_weight, to_bias, to_class = None, [], [], []
-    for start, logits in reference.chunks(x, weight, bias, softcap, chunk):
-        through = to_share * (logits - log_z.unsqueeze(-1)).exp()
-        inside, local = which.place(logits, start)
-        through = through.scatter_add(-1, local, torch.where(inside, -to_own.unsqueeze(-1), 0.0))
-        if smoothing:
-            through = through - to_each * which.weights[start : start + chunk]
-        if softcap is not None:
-            through = through * (1.0 - (logits / softcap).square())
-        narrow = through.to(x.dtype)
-        if ctx.needs_input_grad[0]:
-            part = (narrow @ weight[start : start + chunk].to(x.dtype)).to(through.dtype)
-            to_x = part if to_x is None else to_x + part
-        if ctx.needs_input_grad[1]:
-            to_weight.append((narrow.reshape(-1, narrow.shape[-1]).t() @ flat).to(weight.dtype))
-        if ctx.needs_input_grad[2]:
-            to_bias.append(through.reshape(-1, through.shape[-1]).sum(0))
-        if ctx.needs_input_grad[4]:
-            to_class.append(_to_class_weights(which, logits, log_z, start, (1.0 - smoothing) * kept, to_each))
-    return (
-        None if to_x is None else to_x.to(x.dtype),
-        torch.cat(to_weight) if to_weight else None,
-        torch.cat(to_bias).to(bias.dtype) if to_bias else None,
-        None,
-        torch.cat(to_class).to(class_weight.dtype) if to_class else None,
-        *(None for _ in ctx.options),
+    *inputs, log_z = ctx.saved_tensors
+    needed = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
+    function = linear_cross_entropy_backward if on_device(grad) else gradients
+    found = function(grad, grad_log_z, *inputs, log_z, *ctx.options, needed)
+    to_x, to_weight, to_bias, to_class = (g if need else None for g, need in zip(found, needed, strict=True))
+    return to_x, to_weight, to_bias, None, to_class, *(None for _ in ctx.options)
+
+
+def on_device(x: Tensor) -> bool:
+    """Whether gradients are computed by an operator with a kernel instead of differentiable aten."""
+    return x.is_cuda
+
+
+def _gradients_fake(grad: Tensor, grad_log_z: Tensor, *args: Any) -> Gradients:
+    x, weight, bias, target, class_weight, log_z, _, smoothing, softcap, chunk, needed = args
+    reference.check(x, weight, bias, target, class_weight, smoothing, softcap, chunk)
+    for name, values in (("grad", grad), ("grad_log_z", grad_log_z), ("log_z", log_z)):
+        torch._check(values.shape == target.shape, lambda name=name: f"{name} must be of the target's shape")
+    to_x, to_weight, to_bias, to_class = (
+        x.new_empty(0) if like is None or not need else like.new_empty(like.shape)
+        for like, need in zip((x, weight, bias, class_weight), needed, strict=True)
     )
+    return to_x, to_weight, to_bias, to_class
 
 
-def _to_class_weights(
-    which: Targets, logits: Tensor, log_z: Tensor, start: int, to_nll: Tensor, to_each: Tensor
-) -> Tensor:
-    """Σ over positions of g (1 − ε) [i = y] (log Z − l_i) + g ε/V (log Z − l_i), ``[≤ chunk]``."""
-    missing = log_z.unsqueeze(-1) - logits
-    inside, local = which.place(logits, start)
-    own = torch.where(inside, to_nll.unsqueeze(-1), 0.0)
-    per_position = missing * torch.zeros_like(missing).scatter_add(-1, local, own) + missing * to_each
-    return per_position.reshape(-1, per_position.shape[-1]).sum(0)
+def _gradients_cost(grad: Tensor, grad_log_z: Tensor, *args: Any) -> Cost:
+    """The logits once more; a product for each of x and weight; per logit about 6 operations beside."""
+    x, weight, bias, target, class_weight, log_z, *_, needed = args
+    products = 1 + bool(needed[0]) + bool(needed[1])
+    read = tensor_bytes(grad, grad_log_z, x, weight, bias, target, class_weight, log_z)
+    likes = (like for like, need in zip((x, weight, bias, class_weight), needed, strict=True) if need)
+    flops = positions(x) * (2 * products * weight.numel() + 6 * weight.shape[0])
+    return Cost(flops, read, tensor_bytes(*likes))
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Pair, tuple[int, int]]:
@@ -142,4 +132,18 @@ linear_cross_entropy: OpOverload = KernelSpec(
     vmap=_vmap,
     cost=_cost,
     autocast=("x",),
+    implementations={"cuda": "rewriter.kernels.cross_entropy.launch:linear_cross_entropy"},
+).register()
+
+linear_cross_entropy_backward: OpOverload = KernelSpec(
+    name="linear_cross_entropy_backward",
+    schema=(
+        "(Tensor grad, Tensor grad_log_z, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight,"
+        " Tensor log_z, int ignore_index, float label_smoothing, float? softcap, int chunk, bool[] needed)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    reference=gradients,
+    fake=_gradients_fake,
+    cost=_gradients_cost,
+    implementations={"cuda": "rewriter.kernels.cross_entropy.launch:linear_cross_entropy_backward"},
 ).register()

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.kernels.after_head.shared import check_linear, check_smoothing, check_target
-from rewriter.kernels.vq_logits.shared import check_per_token
+from rewriter.kernels.after_head.shared import check_linear, check_smoothing
+from rewriter.kernels.vq_logits.shared import check_per_token, check_target
 
 Pair = tuple[Tensor, Tensor]
 

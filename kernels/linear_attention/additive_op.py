@@ -123,6 +123,7 @@ linear_attention: OpOverload = KernelSpec(
     name="linear_attention",
     schema=_ADDITIVE_SCHEMA,
     reference=_additive,
+    implementations={"cpu": "rewriter.kernels.linear_attention.native:linear_attention"},
     decomposition=partial(_additive, dynamic=True),
     fake=_additive_fake,
     setup_context=_setup,

@@ -118,6 +118,7 @@ level_linear: OpOverload = KernelSpec(
     vmap=batching_rule(lambda: level_linear),
     cost=_linear_cost,
     autocast=("x",),
+    implementations={"cuda": "rewriter.kernels.shift_add.launch:level_linear"},
 ).register()
 
 level_embedding: OpOverload = KernelSpec(

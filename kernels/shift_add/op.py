@@ -201,6 +201,10 @@ bcq_linear: OpOverload = KernelSpec(
     vmap=batching_rule(lambda: bcq_linear),
     cost=_bcq_linear_cost,
     autocast=("x",),
+    implementations={
+        "cpu": "rewriter.kernels.shift_add.native:bcq_linear",
+        "cuda": "rewriter.kernels.shift_add.launch:bcq_linear",
+    },
 ).register()
 
 bcq_embedding: OpOverload = KernelSpec(
@@ -227,6 +231,7 @@ pot_linear: OpOverload = KernelSpec(
     vmap=batching_rule(lambda: pot_linear),
     cost=_pot_linear_cost,
     autocast=("x",),
+    implementations={"cuda": "rewriter.kernels.shift_add.launch:pot_linear"},
 ).register()
 
 pot_embedding: OpOverload = KernelSpec(

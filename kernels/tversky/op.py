@@ -143,7 +143,9 @@ def _cost(
             (alpha is not None) + (beta is not None)
         )
         passes = passes if negative is None else 2 * passes
-    flops = 2 * rows * stored * width + (0 if projected else 2 * count * stored * width) + 2 * rows * count * bank * passes
+    flops = (
+        2 * rows * stored * width + (0 if projected else 2 * count * stored * width) + 2 * rows * count * bank * passes
+    )
     tensors = (x, features, prototypes, theta, alpha, beta, negative, bias)
     read = sum(t.numel() * t.element_size() for t in tensors if t is not None)
     return Cost(flops, read, rows * count * x.element_size())
@@ -171,4 +173,3 @@ tversky: OpOverload = KernelSpec(
     cost=_cost,
     autocast=("x",),
 ).register()
-

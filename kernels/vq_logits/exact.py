@@ -27,7 +27,10 @@ from rewriter.kernels.vq_logits.shared import (
 )
 
 
-def _check(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor) -> None:
+def check_exact(
+    h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor
+) -> None:
+    """A product head, exact ``[m, d]`` and exact_of uint8 ``[m, 1 to 3 bytes]``."""
     check_product(h, codebook, codes, bias)
     torch._check(
         exact.dim() == 2 and exact.shape[1] == h.shape[-1],
@@ -41,12 +44,12 @@ def _check(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exac
 
 
 def _exact(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor) -> Tensor:
-    _check(h, codebook, codes, bias, exact, exact_of)
+    check_exact(h, codebook, codes, bias, exact, exact_of)
     return exact_logits(h, codebook, codes, bias, exact, exact_of)
 
 
 def _fake(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact: Tensor, exact_of: Tensor) -> Tensor:
-    _check(h, codebook, codes, bias, exact, exact_of)
+    check_exact(h, codebook, codes, bias, exact, exact_of)
     return h.new_empty((*h.shape[:-1], codes.shape[0]))
 
 
@@ -88,6 +91,7 @@ EXACT = KernelSpec(
     vmap=vmap_rule("vq_logits_product_exact", (0,)),
     cost=_cost,
     autocast=("h",),
+    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_logits_product_exact"},
 )
 
 vq_logits_product_exact = EXACT.register()

@@ -31,73 +31,47 @@ from rewriter.kernels.vq_logits.reference import (
 from rewriter.kernels.vq_logits.residual import vq_logits_residual as vq_logits_residual
 from rewriter.kernels.vq_logits.shared import (
     Grads,
-    check_hidden,
-    check_per_token,
     check_product,
+    check_target,
+    check_tiers,
     positions,
     save_inputs,
     tensor_bytes,
     vmap_rule,
 )
 
-# -- what the arguments must look like ---------------------------------------------------------------------------
-
-
-def _check_tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> None:
-    check_hidden(h)
-    torch._check(codebook.dim() == 2, lambda: f"codebook must be [K, d], not {tuple(codebook.shape)}")
-    torch._check(
-        h.shape[-1] == codebook.shape[1],
-        lambda: f"h has width {h.shape[-1]}, the codebook {codebook.shape[1]}",
-    )
-    torch._check(code_of.dtype == torch.uint8, lambda: f"code_of must be uint8, not {code_of.dtype}")
-    torch._check(
-        code_of.dim() == 2 and code_of.shape[1] in (1, 2, 3),
-        lambda: f"code_of must be [V, 1 to 3 bytes], not {tuple(code_of.shape)}",
-    )
-    check_per_token("token_bias", token_bias, code_of)
-
-
-def _check_target(h: Tensor, target: Tensor) -> None:
-    torch._check(target.dtype == torch.int64, lambda: f"target must be int64, not {target.dtype}")
-    torch._check(
-        target.shape == h.shape[:-1],
-        lambda: f"target must be {tuple(h.shape[:-1])} for h {tuple(h.shape)}, not {tuple(target.shape)}",
-    )
-
-
 # -- references with their checks, and fakes ---------------------------------------------------------------------
 
 
 def _tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
-    _check_tiers(h, codebook, code_of, token_bias)
+    check_tiers(h, codebook, code_of, token_bias)
     return tiers_logits(h, codebook, code_of, token_bias)
 
 
 def _tiers_fake(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
-    _check_tiers(h, codebook, code_of, token_bias)
+    check_tiers(h, codebook, code_of, token_bias)
     return h.new_empty((*h.shape[:-1], code_of.shape[0]))
 
 
 def _nll(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, target: Tensor) -> Tensor:
-    _check_tiers(h, codebook, code_of, token_bias)
-    _check_target(h, target)
+    check_tiers(h, codebook, code_of, token_bias)
+    check_target(h, target)
     return tiers_nll(h, codebook, code_of, token_bias, target)
 
 
 def _nll_fake(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, target: Tensor) -> Tensor:
-    _check_tiers(h, codebook, code_of, token_bias)
-    _check_target(h, target)
+    check_tiers(h, codebook, code_of, token_bias)
+    check_target(h, target)
     return h.new_empty(h.shape[:-1], dtype=loss_dtype(h))
 
 
 def _logsumexp(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
-    _check_tiers(h, codebook, code_of, token_bias)
+    check_tiers(h, codebook, code_of, token_bias)
     return tiers_logsumexp(h, codebook, code_of, token_bias)
 
 
 def _logsumexp_fake(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
-    _check_tiers(h, codebook, code_of, token_bias)
+    check_tiers(h, codebook, code_of, token_bias)
     return h.new_empty(h.shape[:-1], dtype=loss_dtype(h))
 
 
@@ -231,6 +205,7 @@ TIERS = KernelSpec(
     vmap=vmap_rule("vq_logits_tiers", (0,)),
     cost=_tiers_cost,
     autocast=("h",),
+    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_logits_tiers"},
 )
 
 LOGSUMEXP = KernelSpec(
@@ -243,6 +218,7 @@ LOGSUMEXP = KernelSpec(
     vmap=vmap_rule("vq_tiers_logsumexp", (0,)),
     cost=_logsumexp_cost,
     autocast=("h",),
+    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_tiers_logsumexp"},
 )
 
 NLL = KernelSpec(
@@ -255,6 +231,7 @@ NLL = KernelSpec(
     vmap=vmap_rule("vq_tiers_nll", (0, 4)),
     cost=_nll_cost,
     autocast=("h",),
+    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_tiers_nll"},
 )
 
 PRODUCT = KernelSpec(
@@ -267,6 +244,7 @@ PRODUCT = KernelSpec(
     vmap=vmap_rule("vq_logits_product", (0,)),
     cost=_product_cost,
     autocast=("h",),
+    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_logits_product"},
 )
 
 vq_logits_tiers = TIERS.register()

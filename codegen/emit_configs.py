@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which configurations of a kernel leave room for what was fused into it: a model of shared memory and registers.
+
+    shared     buffers · (BM·BK + BK·BN) · bytes per element; the pipeline has a buffer for every stage where matrix
+               instructions read shared memory (sm_90, sm_100), and one less where they read registers
+    registers  accumulator and operand tiles in float32 over the threads, and what addresses and the loop take
+
+It is there to leave out early what cannot fit, not to predict: what it lets through is compiled and checked like any kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewriter.codegen.emit_templates import Hooked
+from rewriter.kernels.launching import Config
+
+SHARED = 163 * 1024  # bytes of the smallest chip NVIDIA configurations are for (sm_80)
+SHARED_HIP = 64 * 1024  # gfx942
+REGISTERS = 255  # per thread
+_LOOP = 40  # registers for addresses, masks and loop counters
+_WARP = {"cuda": 32, "hip": 64}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a configuration is expected to take: bytes of shared memory, registers per thread."""
+
+    shared: int
+    registers: int
+
+
+def need(config: Config, element_size: int, tiles: int, backend: str = "cuda", *, reads_shared: bool = False) -> Need:
+    """What the product of a tile takes.
+
+    Args:
+        config: with constants BM, BN and BK; what it has not counts as one.
+        element_size: bytes of an activation.
+        tiles: operands of the accumulator's size that are in registers beside it.
+        backend: "cuda" or "hip".
+        reads_shared: whether matrix instructions read shared memory.
+    """
+    rows, columns, depth = (_size(config.constants, name) for name in ("BM", "BN", "BK"))
+    buffers = config.num_stages if reads_shared else max(config.num_stages - 1, 1)
+    threads = config.num_warps * _WARP[backend]
+    operands = (rows * depth + depth * columns) * element_size // 4
+    values = rows * columns * (1 + tiles)
+    return Need(buffers * (rows * depth + depth * columns) * element_size, _LOOP + (values + operands) // threads)
+
+
+def fitting(kernel: Hooked, tiles: int) -> list[Config]:
+    """The configurations of a kernel with room for ``tiles`` operands of the accumulator's size, in their order.
+
+    The smallest stays in any case: something has to run.
+    """
+    found: list[Config] = []
+    for request in kernel.requests:
+        element_size = max((a.element_size() for a in request.args.values() if _is_real(a)), default=4)
+        kept = [config for config in request.configs if _fits(config, element_size, tiles)]
+        found += [config for config in kept or request.configs[:1] if config not in found]
+    return found
+
+
+def _fits(config: Config, element_size: int, tiles: int) -> bool:
+    """On every chip it is meant for."""
+    hip = config.only == "cuda" or need(config, element_size, tiles, "hip").shared <= SHARED_HIP
+    needed = need(config, element_size, tiles)
+    cuda = config.only == "hip" or (needed.shared <= SHARED and needed.registers <= REGISTERS)
+    return hip and cuda
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _size(constants: Mapping[str, object], name: str) -> int:
+    value = constants.get(name, 1)
+    return value if isinstance(value, int) else 1

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of an emitted file: what is fused, as aten and as a kernel, and how it is started.
+
+A file is a function of the operators, shapes, dtypes and neighbours of a site, so that equal layers share one: in its head
+their numbers are stars. Names of graph nodes do not occur in it; they change between releases of torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from rewriter.codegen import emit_configs
+from rewriter.codegen.emit_expressions import CASTS, ELEMENTS, EXPRESSIONS, Call, Unfit, formula
+from rewriter.codegen.emit_regions import Operand, Region
+from rewriter.codegen.emit_templates import (
+    ROWS,
+    Insertions,
+    Template,
+    hooked,
+    imports_of,
+    names_in,
+    specialised,
+)
+from rewriter.facts import Facts, same_shape, same_size
+from rewriter.kernels.emitted.loading import MARK, digest
+from rewriter.rules import module_path, provenance
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """An emitted file before it is written.
+
+    Attributes:
+        stem: its name, ``<site>_<hash>``.
+        text: its content.
+        arguments: the values its operator takes, in order.
+        formula: what it computes.
+        kernels: names of the operator's kernels it has copies of.
+    """
+
+    stem: str
+    text: str
+    arguments: tuple[Node, ...]
+    formula: str
+    kernels: tuple[str, ...]
+
+
+def write(facts: Facts, region: Region, template: Template) -> Source:
+    """The file of a region. Raises Unfit where the operator's kernel cannot be specialised to it."""
+    return _Writer(facts, region, template).source()
+
+
+class _Writer:
+    def __init__(self, facts: Facts, region: Region, template: Template) -> None:
+        self.facts, self.region, self.template = facts, region, template
+        self.given = facts.arguments(region.anchor)
+        self.activations: Node = self.given[template.activations]
+        self.dtype: torch.dtype = self.activations.meta["val"].dtype
+        self.features = _static(self.activations.meta["val"].shape[-1], "the number of features")
+        self.columns = _static(region.anchor.meta["val"].shape[-1], "the number of columns")
+        self.main = region.before[0] if region.before else None
+        self.kernels = hooked(template, self.given, self._rows(), self.dtype)
+        taken = {
+            "x",
+            "acc",
+            "rows",
+            "columns",
+            "features",
+            "inside",
+            "tl",
+            "torch",
+            "triton",
+            "functions",
+            "implementation",
+        }
+        self.taken = taken.union(*(names_in(kernel.kernel) for kernel in self.kernels))
+        self.arguments = self._named_arguments()
+        self.values = self._named_values()
+        own = {value for value in self.given.values() if isinstance(value, Node)}
+        operands = [operand for operand in (*region.before, *region.after) if operand is not self.main]
+        # In the kernel, operands that are also arguments of the operator have a name besides.
+        self.locals = {o.node: self._fresh(o.form) if o.node in own else self.arguments[o.node] for o in operands}
+
+    def _rows(self) -> Sequence[int]:
+        """Numbers of rows the site may have: the one it has, or some of all."""
+        sizes = self.activations.meta["val"].shape[:-1]
+        if not all(isinstance(size, int) for size in sizes):
+            return ROWS
+        count = 1
+        for size in sizes:
+            count *= size
+        return (count,)
+
+    # -- names
+
+    def _fresh(self, base: str) -> str:
+        name, number = base, 0
+        suffixes = ("", "_ptr", "_rows", "_stride", "_at", "_inside")
+        while any(name + suffix in self.taken for suffix in suffixes):
+            number += 1
+            name = f"{base}_{number}"
+        self.taken |= {name + suffix for suffix in suffixes}
+        return name
+
+    def _named_arguments(self) -> dict[Node, str]:
+        """The operator's tensors under its own names, then the operands, then sizes that views name."""
+        names: dict[Node, str] = {}
+        for name, value in self.given.items():
+            if isinstance(value, Node):
+                read = self.main.node if self.main and name == self.template.activations else value
+                names.setdefault(read, "x" if name == "input" else name)
+        self.taken |= set(names.values())
+        for operand in (*self.region.before, *self.region.after):
+            if operand.node not in names:
+                names[operand.node] = self._fresh(operand.form)
+        for node in (*self.region.prologue, *self.region.epilogue):
+            for value in node.all_input_nodes:
+                if not isinstance(value.meta.get("val"), Tensor) and value not in names:
+                    names[value] = self._fresh("size")
+        return names
+
+    def _named_values(self) -> dict[Node, str]:
+        nodes = (*self.region.prologue, self.region.anchor, *self.region.epilogue)
+        return {node: self._fresh(_operator(node)) for node in nodes}
+
+    # -- kernels
+
+    def _insertions(self) -> Insertions:
+        parameters: list[str] = []
+        prologue = self._prologue(parameters) if self.region.prologue else []
+        epilogue = self._epilogue(parameters) if self.region.epilogue else []
+        return Insertions(tuple(parameters), tuple(prologue), tuple(epilogue))
+
+    def _prologue(self, parameters: list[str]) -> list[str]:
+        main, *others = self.region.before
+        texts = {main.node: self._fresh("wide")}
+        lines = [f"# prologue: {self._formula(self.activations, {main.node: 'x'})}"]
+        lines.append(f"{texts[main.node]} = x.to(tl.float32)")
+        for operand in others:
+            texts[operand.node], loads = self._load(operand, "features", self.features, parameters)
+            lines += loads
+        lines += self._computed(self.region.prologue, texts)
+        # Past the last feature stands 0, whatever the functions above make of it.
+        lines.append(f"x = tl.where(features[None, :] < {self.features}, {texts[self.activations]}, 0.0)")
+        lines.append(f"x = x.to({ELEMENTS[self.dtype]})")
+        return lines
+
+    def _epilogue(self, parameters: list[str]) -> list[str]:
+        texts = {self.region.anchor: "acc"}
+        lines = [f"# epilogue: {self._formula(self.region.root, {self.region.anchor: 'acc'})}"]
+        for operand in self.region.after:
+            texts[operand.node], loads = self._load(operand, "columns", self.columns, parameters)
+            lines += loads
+        return [*lines, *self._computed(self.region.epilogue, texts, last="acc")]
+
+    def _load(self, operand: Operand, across: str, size: int, parameters: list[str]) -> tuple[str, list[str]]:
+        """The variable that holds an operand, and the lines that load it; its arguments go to ``parameters``."""
+        name = self.locals[operand.node]
+        wanted, row = [f"{name}_ptr"], f"(rows % {name}_rows)" if operand.repeats else "rows"
+        if self._limited(operand):
+            wanted.append(f"{name}_rows")
+        lines: list[str] = []
+        address, mask, lift = f"{name}_ptr", "", ""
+        if operand.form == "tile":
+            wanted.append(f"{name}_stride")
+            lines.append(f"{name}_at = {address} + {row}[:, None].to(tl.int64) * {name}_stride + {across}[None, :]")
+            address, mask = f"{name}_at", "inside"
+            if across == "features":
+                past = "" if operand.repeats else f"(rows[:, None] < {name}_rows) & "
+                lines.append(f"{name}_inside = {past}(features[None, :] < {size})")
+                mask = f"{name}_inside"
+        elif operand.form == "column":
+            address, mask, lift = f"{address} + {across}", f"{across} < {size}", "[None, :]"
+        elif operand.form == "row":
+            address, mask, lift = f"{address} + {row}", "" if operand.repeats else f"rows < {name}_rows", "[:, None]"
+        parameters += [parameter for parameter in wanted if parameter not in parameters]
+        loaded = f"tl.load({address}{f', mask={mask}, other=0' if mask else ''})"
+        truth = operand.node.meta["val"].dtype is torch.bool
+        return name, [*lines, f"{name} = {f'({loaded} != 0)' if truth else f'{loaded}.to(tl.float32)'}{lift}"]
+
+    def _computed(self, nodes: Iterable[Node], texts: dict[Node, str], last: str = "") -> Iterator[str]:
+        nodes = tuple(nodes)
+        for node in nodes:
+            arguments = self.facts.arguments(node)
+            tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            dtypes = {n: n.meta["val"].dtype for n in tensors}
+            texted = {n: texts[n] for n in tensors}
+            expression = EXPRESSIONS[node.target](Call(arguments, texted, dtypes, node.meta["val"].dtype))
+            if expression in texts.values() and node is not nodes[-1]:  # the same value
+                texts[node] = expression
+                continue
+            texts[node] = last if last and node is nodes[-1] else self.values[node]
+            yield f"{texts[node]} = {expression}"
+
+    def _formula(self, node: Node, names: Mapping[Node, str]) -> str:
+        named = {**{n: name for n, name in self.arguments.items() if n not in self.values}, **names}
+        return formula(node, named, self.facts.arguments)
+
+    # -- the file
+
+    def source(self) -> Source:
+        put = self._insertions()
+        site = _pattern(module_path(self.region.anchor))
+        slug = "_".join(re.findall(r"[A-Za-z][A-Za-z_0-9]*", site)[-2:]) or "site"
+        written = self._formula(self.region.root, {})
+        kernels = {kernel.name: f"{slug}_{kernel.name}" for kernel in self.kernels}
+        parts = [
+            self._head(site, written),
+            "",
+            f'SCHEMA = "{self._schema()}"',
+            self._reference(written),
+            *(specialised(kernel, kernels[kernel.name], put, ELEMENTS[self.dtype]) for kernel in self.kernels),
+            self._table(kernels),
+            self._run(),
+        ]
+        parts[1] = self._imports("\n".join(parts))
+        text = "\n\n\n".join(parts) + "\n"
+        content = digest(text)
+        text = text.replace(MARK, MARK + content, 1)
+        return Source(f"{slug}_{content}", text, tuple(self.arguments), written, tuple(kernels))
+
+    def _head(self, site: str, written: str) -> str:
+        rule = provenance(self.region.anchor).get("rule", "none: it is the model's own")
+        fused = ", ".join(_operator(node) for node in self.region.fused)
+        return f"""\
+# Emitted by rewriter.codegen.emitting, version {VERSION}. It runs without the generator; edits are refused by the hash.
+#
+# site      {site or "<root>"}
+# operator  {self.region.anchor.target}
+# rule      {rule}
+# fused     {fused}
+# formula   {written}
+{MARK}"""
+
+    def _imports(self, text: str) -> str:
+        """What the other parts of the file need."""
+        package = self.template.module.rpartition(".")[0]
+        running = [name for name in ("Specialised", "flat", "fused") if re.search(rf"\b{name}\(", text)]
+        own = {
+            f"from {self.template.module} import {self.template.function} as implementation": True,
+            "from rewriter.kernels.emitted import functions": "functions." in text,
+            f"from rewriter.kernels.emitted.running import {', '.join(running)}": True,
+            "from rewriter.kernels.launching import Config": True,
+        }
+        helpers: dict[str, list[str]] = {}
+        for kernel in self.kernels:
+            for name, (module, original) in imports_of(kernel.kernel).items():
+                written = original if name == original else f"{original} as {name}"
+                if written not in helpers.setdefault(module, []):
+                    helpers[module].append(written)
+        own |= {f"from {module} import {', '.join(sorted(names))}": True for module, names in helpers.items()}
+        # The operators of the reference are registered by this one.
+        registers = [f"import {package}.op", ""] if find_spec(f"{package}.op") is not None else []
+        outside = ["import torch", "import triton", "import triton.language as tl", ""]
+        return "\n".join([*outside, *registers, *sorted(line for line, used in own.items() if used)])
+
+    def _schema(self) -> str:
+        kinds = ("Tensor" if isinstance(n.meta.get("val"), Tensor) else "SymInt" for n in self.arguments)
+        given = (f"{kind} {name}" for kind, name in zip(kinds, self.arguments.values(), strict=True))
+        return f"({', '.join(given)}) -> Tensor"
+
+    def _signature(self, name: str) -> str:
+        kinds = ("torch.Tensor" if isinstance(n.meta.get("val"), Tensor) else "int" for n in self.arguments)
+        given = (f"{argument}: {kind}" for kind, argument in zip(kinds, self.arguments.values(), strict=True))
+        return f"def {name}({', '.join(given)}) -> torch.Tensor:"
+
+    def _reference(self, written: str) -> str:
+        names = {**self.values, **self.arguments}
+        lines = [self._signature("reference"), f'    """{written}, operator by operator."""']
+        nodes = (*self.region.prologue, self.region.anchor, *self.region.epilogue)
+        for node in nodes:
+            target = "return" if node is nodes[-1] else f"{self.values[node]} ="
+            lines.append(f"    {target} {_call(node, names, self.facts)}")
+        return "\n".join(lines)
+
+    def _table(self, kernels: Mapping[str, str]) -> str:
+        lines = ["KERNELS = {"]
+        for kernel in self.kernels:
+            configs = emit_configs.fitting(kernel, self._pressure())
+            lines.append(f'    "{kernel.name}": Specialised(')
+            lines.append(f"        {kernels[kernel.name]},")
+            lines.append(f"        folded={_table(kernel.folded)},")
+            lines.append("        configs=(")
+            lines += [f"            {_config(config)}," for config in configs]
+            lines += ["        ),", "    ),"]
+        return "\n".join([*lines, "}"])
+
+    def _pressure(self) -> int:
+        """Tiles besides the accumulator that are in registers at once: operands of its size."""
+        return sum(operand.form == "tile" for operand in self.region.after)
+
+    def _run(self) -> str:
+        lines = [self._signature("run"), '    """The same by the kernel. Raises Unsupported."""']
+        entries: list[str] = []
+        sizes = dict.fromkeys((o.node for o in self.region.before), self.features)
+        sizes |= dict.fromkeys((o.node for o in self.region.after), self.columns)
+        for node, name in self.locals.items():
+            given, operand = self.arguments[node], self._operand(node)
+            if operand.form == "tile":
+                lines.append(f"    {name} = flat({given}, {sizes[node]})")
+                entries += [f'"{name}_ptr": {name}', f'"{name}_stride": {name}.stride(0)']
+            else:
+                entries.append(f'"{name}_ptr": {given}.contiguous()')
+            if self._limited(operand):
+                entries.append(
+                    f'"{name}_rows": {name}.shape[0]' if operand.form == "tile" else f'"{name}_rows": {given}.numel()'
+                )
+        names = {**self.values, **self.arguments}
+        names[self.activations] = names[self.main.node] if self.main else names[self.activations]
+        options = ""
+        if self.main is not None and self.main.node.meta["val"].dtype is not self.dtype:
+            x = self.arguments[self.main.node]
+            lines.append(f"    {x} = {x}.contiguous()")
+            lines.append(
+                f"    seen = torch.empty_like({x}, dtype={self.dtype})  # what the operator is to see; not read"
+            )
+            names[self.activations] = "seen"
+            options += f", standing_in=(seen, {x})"
+        if self.region.root.meta["val"].dtype is not self.region.anchor.meta["val"].dtype:
+            options += f", dtype={self.region.root.meta['val'].dtype}"
+        args = ", ".join(_literal(value, names) for value in self.given.values())
+        lines += (
+            ["    operands = {", *(f"        {entry}," for entry in entries), "    }"]
+            if entries
+            else ["    operands = {}"]
+        )
+        call = f"fused(implementation, ({args}), KERNELS, operands{options})"
+        return "\n".join([*lines, f"    return {call}{self._shaped()}"])
+
+    def _operand(self, node: Node) -> Operand:
+        return next(o for o in (*self.region.before, *self.region.after) if o.node is node)
+
+    def _limited(self, operand: Operand) -> bool:
+        tile_before = operand.form == "tile" and operand in self.region.before
+        return operand.repeats or operand.form == "row" or tile_before
+
+    def _shaped(self) -> str:
+        """The call that brings the result into the root's shape, where the operator's differs."""
+        root = tuple(self.region.root.meta["val"].shape)
+        read = self.main.node if self.main else self.activations
+        if same_shape(root, (*read.meta["val"].shape[:-1], root[-1])):
+            return ""
+        sizes = [self._size(size) for size in root]
+        if sizes.count(None) > 1:
+            raise Unfit("the result has a shape that none of the operands tells")
+        return f".view({', '.join('-1' if size is None else size for size in sizes)})"
+
+    def _size(self, size: int | torch.SymInt) -> str | None:
+        if isinstance(size, int):
+            return str(size)
+        for node, name in self.arguments.items():
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and same_size(value, size):
+                return name
+            for position, other in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                if same_size(size, other):
+                    return f"{name}.shape[{position}]"
+        return None
+
+
+def _static(size: Any, what: str) -> int:
+    if not isinstance(size, int):
+        raise Unfit(f"{what} is only known when the program runs")
+    return size
+
+
+def _operator(node: Node) -> str:
+    return str(node.target).partition(".")[2].partition(".")[0].strip("_")
+
+
+def _pattern(path: str) -> str:
+    """A module path with stars for layer numbers."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _call(node: Node, names: Mapping[Node, str], facts: Facts) -> str:
+    """A node as Python."""
+    if node.target in CASTS:  # without the device, which is the operand's
+        return f"{names[node.all_input_nodes[0]]}.to({facts.arguments(node)['dtype']})"
+    given = [_literal(value, names) for value in node.args]
+    given += [f"{name}={_literal(value, names)}" for name, value in node.kwargs.items()]
+    return f"torch.ops.{node.target}({', '.join(given)})"
+
+
+def _literal(value: Any, names: Mapping[Node, str]) -> str:
+    if isinstance(value, Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_literal(item, names) for item in value)}]"
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return f'float("{value}")'
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.memory_format)):
+        return repr(value)
+    raise Unfit(f"{value!r} cannot be written down")
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    """A dictionary of numbers, flags and words."""
+    return (
+        "{"
+        + ", ".join(f'"{name}": ' + (f'"{v}"' if isinstance(v, str) else repr(v)) for name, v in values.items())
+        + "}"
+    )
+
+
+def _config(config: Any) -> str:
+    only = f', only="{config.only}"' if config.only else ""
+    return f"Config({_table(config.constants)}, num_warps={config.num_warps}, num_stages={config.num_stages}{only})"

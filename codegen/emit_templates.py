@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Templates: an operator's own kernel, read as text, and specialised.
+
+There is one source of every kernel's mathematics: the function in ``kernels/<family>/kernels.py``. What a site needs of
+it is learned by asking the operator's device implementation what it would start, for several numbers of rows, without
+starting it. Arguments that are the same for all of them are constants of the site; where the kernel says
+``# hook: prologue(x, rows, features)`` or ``# hook: epilogue(acc, rows, columns, inside)``, lines are put in.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from rewriter.codegen.emit_expressions import Unfit
+from rewriter.kernels.launching import Request, Unsupported, recorded
+from rewriter.kernels.spec import REGISTRY
+
+PROLOGUE = "# hook: prologue(x, rows, features)"
+EPILOGUE = "# hook: epilogue(acc, rows, columns, inside)"
+# One row of a decoding step up to a training batch: implementations choose another kernel or configuration by these.
+ROWS = (1, 2, 8, 16, 32, 64, 256, 4096)
+
+
+@dataclass(frozen=True)
+class Template:
+    """An operator that can be specialised.
+
+    Attributes:
+        operator: as in graphs.
+        module, function: its device implementation.
+        activations: the argument whose rows are the rows of the result.
+    """
+
+    operator: Any
+    module: str
+    function: str
+    activations: str
+
+
+def templates() -> dict[Any, Template]:
+    """The dense linear layer, and every registered operator with an implementation for GPUs and one activation."""
+    dense = Template(torch.ops.aten.linear.default, "rewriter.kernels.dense.launch", "linear", "input")
+    found = {dense.operator: dense}
+    for operator, spec in REGISTRY.items():
+        if "cuda" in spec.implementations and len(spec.autocast) == 1:
+            module, _, function = spec.implementations["cuda"].partition(":")
+            found[operator] = Template(operator, module, function, spec.autocast[0])
+    return found
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """A kernel of an operator as a site would start it.
+
+    Attributes:
+        kernel: under ``@triton.jit``.
+        requests: by number of rows.
+        folded: arguments that are the same in all of them: numbers, flags, and what is left out.
+        activations: the argument that points to the activations.
+    """
+
+    kernel: Any
+    requests: tuple[Request, ...]
+    folded: Mapping[str, Any]
+    activations: str
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+
+def hooked(template: Template, arguments: Mapping[str, Any], rows: Sequence[int], dtype: torch.dtype) -> list[Hooked]:
+    """The kernels a site would start, with hooks, in order of their names.
+
+    Args:
+        arguments: of the node, by schema name; nodes stand for tensors.
+        rows: numbers of rows to ask for.
+        dtype: of the activations.
+
+    Raises:
+        Unfit: there is no kernel for the site, or it cannot be specialised; the sentence says why.
+    """
+    try:
+        implementation = getattr(import_module(template.module), template.function)
+        started = [
+            _started(implementation, template, arguments, count, stride, dtype) for count in rows for stride in (1, 2)
+        ]
+    except Unsupported as reason:
+        raise Unfit(f"no kernel: {reason}") from reason
+    kernels: dict[Any, list[tuple[Request, str]]] = {}
+    for request, activations in started:
+        kernels.setdefault(request.kernel, []).append((request, activations))
+    return [
+        Hooked(
+            kernel,
+            requests := tuple(request for request, _ in kernels[kernel]),
+            _constant(requests),
+            kernels[kernel][0][1],
+        )
+        for kernel in sorted(kernels, key=lambda kernel: str(kernel.__name__))
+    ]
+
+
+def _started(
+    implementation: Any, template: Template, arguments: Mapping[str, Any], rows: int, stride: int, dtype: torch.dtype
+) -> tuple[Request, str]:
+    """The one hooked kernel a call starts, which is to be its last, and its pointer to the activations.
+
+    Rows of the activations lie ``stride`` times as far apart as they could: no site has a right to its strides.
+    """
+    args = {name: _meta(name, value) for name, value in arguments.items() if name != template.activations}
+    width = arguments[template.activations].meta["val"].shape[-1]
+    x = torch.empty((rows, width * stride), dtype=dtype, device="meta")[:, :width]
+    with recorded() as requests:
+        implementation(*(x if name == template.activations else args[name] for name in arguments))
+    with_hook = [r for r in requests if EPILOGUE in inspect.getsource(r.kernel.fn)]
+    if len(with_hook) != 1 or with_hook[0] is not requests[-1]:
+        raise Unfit(f"for {rows} rows the last kernel {template.function} starts has no epilogue hook")
+    given = with_hook[0].args.items()
+    # A copy of scattered rows is somebody else's storage; the pointer still goes by the same name.
+    own = [
+        name for name, a in given if isinstance(a, Tensor) and a.untyped_storage()._cdata == x.untyped_storage()._cdata
+    ]
+    return with_hook[0], own[0] if own else ""
+
+
+def _meta(name: str, value: Any) -> Any:
+    """An argument without data."""
+    if not isinstance(value, Node):
+        return value
+    tensor = value.meta.get("val")
+    if not isinstance(tensor, Tensor) or not all(isinstance(size, int) for size in tensor.shape):
+        raise Unfit(f"{name} has a size that is only known when the program runs")
+    return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")
+
+
+def _constant(requests: Sequence[Request]) -> dict[str, Any]:
+    """Arguments with one value in all requests. Others are settings, not shapes, and stay arguments."""
+    first = requests[0]
+    given = [{**request.args, **request.constants} for request in requests]
+    return {
+        name: value
+        for name, value in {**first.args, **first.constants}.items()
+        if (value is None or isinstance(value, (int, float)))
+        and all(name in other and type(other[name]) is type(value) and other[name] == value for other in given)
+    }
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Insertions:
+    """What is put into a kernel.
+
+    Attributes:
+        parameters: new arguments.
+        prologue, epilogue: lines at the hooks.
+    """
+
+    parameters: tuple[str, ...]
+    prologue: tuple[str, ...]
+    epilogue: tuple[str, ...]
+
+
+def names_in(kernel: Any) -> set[str]:
+    """Every name a kernel uses, so that new ones can differ."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+        n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)
+    }
+
+
+def imports_of(kernel: Any) -> dict[str, tuple[str, str]]:
+    """Globals of a kernel, Triton's modules left out: name -> module and name there."""
+    used, found = names_in(kernel), {}
+    for name in sorted(used & set(kernel.fn.__globals__)):
+        value = kernel.fn.__globals__[name]
+        if name in ("tl", "triton"):
+            continue
+        function = getattr(value, "fn", value)
+        home = getattr(function, "__module__", None) if callable(function) else None
+        found[name] = (home or kernel.fn.__module__, getattr(function, "__name__", name) if home else name)
+    return found
+
+
+def specialised(hooked: Hooked, name: str, put: Insertions, operand: str) -> str:
+    """The text of a kernel under a new name, with constants for arguments and lines for hooks.
+
+    Args:
+        operand: dtype of the products' operand that comes from the activations, in Triton's words. The kernel says "the
+            dtype the activations have in memory", which is another where a prologue casts.
+
+    Raises:
+        Unfit: a hook that is needed is not there.
+    """
+    kernel, folded = hooked.kernel, hooked.folded
+    source = textwrap.dedent(inspect.getsource(kernel.fn))
+    if put.prologue:
+        source = source.replace(f"{hooked.activations}.dtype.element_ty", operand)
+    lines = source.splitlines()
+    definition = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
+    decorators = lines[definition.decorator_list[0].lineno - 1 : definition.lineno - 1]
+    body = lines[_header_end(source, definition.lineno) :]
+    if put.prologue and PROLOGUE not in source:
+        raise Unfit(f"{kernel.__name__} has no prologue hook")
+    constants = [f"    {key}: tl.constexpr = {value!r}" for key, value in folded.items()]
+    return "\n".join(
+        [*decorators, *_signature(definition, name, folded, put.parameters), *constants, *_hooked_lines(body, put)]
+    )
+
+
+def _signature(definition: ast.FunctionDef, name: str, folded: Mapping[str, Any], new: Sequence[str]) -> list[str]:
+    """One argument a line: those of the original that are left, the new ones, the compile-time ones."""
+    kept = [argument for argument in definition.args.args if argument.arg not in folded]
+    constexpr = [argument for argument in kept if argument.annotation is not None]
+    ordered = [*(ast.unparse(a) for a in kept if a.annotation is None), *new, *(ast.unparse(a) for a in constexpr)]
+    return [f"def {name}(", *(f"    {text}," for text in ordered), "):"]
+
+
+def _header_end(source: str, first: int) -> int:
+    """Number of the line that ends the function's signature."""
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.start[0] < first or token.type != tokenize.OP:
+            continue
+        depth += (token.string in "([{") - (token.string in ")]}")
+        if token.string == ":" and depth == 0:
+            return token.start[0]
+    raise Unfit("the kernel's signature does not end")
+
+
+def _hooked_lines(body: Sequence[str], put: Insertions) -> list[str]:
+    """The body with the hooks replaced; hooks nothing is put at are dropped."""
+    lines: list[str] = []
+    for line in body:
+        inserted = {PROLOGUE: put.prologue, EPILOGUE: put.epilogue}.get(line.strip())
+        if inserted is None:
+            lines.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        lines += [indent + text for text in inserted]
+    return lines

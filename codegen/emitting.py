@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The code generator: Triton source specialised to the sites of a rewritten program.
+
+    linear + bias ─▶ gelu ─▶ dropout (evaluation) ─▶ + residual        one kernel, one file, one node
+
+`emit` finds the regions (:mod:`rewriter.codegen.emit_regions`), writes a file for each kind of them
+(:mod:`rewriter.codegen.emit_source`) into the cache, loads it (:mod:`rewriter.kernels.emitted.loading`) and puts its
+operator in the place of the fused nodes. The edit goes through the engine's editor like any exact rewrite: it is refused
+where somebody could tell, and new nodes know where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch.fx import Node
+
+from rewriter.codegen import emit_source, emit_templates
+from rewriter.codegen.emit_expressions import Unfit
+from rewriter.codegen.emit_regions import Region, Search
+from rewriter.kernels import cache
+from rewriter.kernels.emitted.loading import Emitted, load
+from rewriter.matcher import Match, Miss
+from rewriter.program import Program
+from rewriter.rewriting import rewrite
+from rewriter.rules import EXACT, Rule, module_path
+
+if TYPE_CHECKING:
+    from rewriter.editing import Editor
+
+RULE = "codegen.emit"
+
+
+@dataclass(frozen=True)
+class EmittedSite:
+    """A site and its emitted kernel.
+
+    Attributes:
+        path: of the module.
+        operator: what the kernel was made from, ``rewriter.bcq_linear.default``.
+        fused: the operators fused into it, in order.
+        formula: what it computes.
+        kernels: names of the operator's kernels it has copies of.
+        emitted: the file, its module and the operator in the program.
+        until: why the region ends where it does; "" where nothing stood behind it.
+    """
+
+    path: str
+    operator: str
+    fused: tuple[str, ...]
+    formula: str
+    kernels: tuple[str, ...]
+    emitted: Emitted
+    until: str = ""
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What `emit` made.
+
+    Attributes:
+        program: with the emitted operators.
+        sites: in graph order.
+        misses: operators with a kernel that run as they are, and why.
+    """
+
+    program: Program
+    sites: tuple[EmittedSite, ...]
+    misses: tuple[Miss, ...]
+
+
+def emit(program: Program, *, folder: Path | None = None, dense: bool = False, expensive: bool = False) -> Emission:
+    """Emit kernels for the sites of a program with something to fuse.
+
+    Args:
+        program: not changed; the result shares its tensors.
+        folder: for the files; default: ``emitted`` in the package's cache folder.
+        dense: also for linear layers that nothing has rewritten. Off, because nobody has measured that a Triton product
+            with its neighbours is faster than the vendor's library and one more pass over the result.
+        expensive: *before* a product, where every block of columns does it again, also fuse functions that cost much and
+            operands as large as the activations. It pays where there are few rows.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    known = emit_templates.templates()
+    if not dense:
+        known = {op: template for op, template in known.items() if op in _rewritten()}
+    rule = _Emit(known, cache.folder("emitted") if folder is None else folder, expensive)
+    result = program.fork()
+    rewrite(result, [rule])
+    return Emission(result, tuple(rule.sites), tuple(rule.misses.values()))
+
+
+def _rewritten() -> Mapping[Any, Any]:
+    from rewriter.kernels.spec import REGISTRY
+
+    return REGISTRY
+
+
+class _Emit(Rule):
+    """A region becomes one call of its emitted operator."""
+
+    name: ClassVar[str] = RULE
+    role: ClassVar[str] = "emitted"
+    contract = EXACT
+
+    def __init__(self, templates: Mapping[Any, emit_templates.Template], folder: Path, expensive: bool) -> None:
+        self.templates, self.folder, self.expensive = templates, folder, expensive
+        self.sites: list[EmittedSite] = []
+        self.misses: dict[tuple[str, str], Miss] = {}
+        self._sources: dict[Node, emit_source.Source] = {}
+
+    def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
+        facts, matches = program.facts, []
+        anchors = {operator: template.activations for operator, template in self.templates.items()}
+        self._sources.clear()
+        for region in Search(facts, anchors, self.expensive).regions():
+            path, reason = module_path(region.anchor), region.miss or "nothing around it can be fused"
+            if region.fused:
+                try:
+                    template = self.templates[region.anchor.target]
+                    self._sources[region.root] = emit_source.write(facts, region, template)
+                    matches.append(region.match())
+                    continue
+                except Unfit as unfit:
+                    reason = str(unfit)
+            self.misses[path, region.anchor.name] = Miss(RULE, path, "", reason, source=facts.source(region.anchor))
+        return matches, ()
+
+    def rewrite(
+        self, edit: Editor, match: Match, parameters: Mapping[str, Node], choice: Mapping[str, Any]
+    ) -> Mapping[Node, Node]:
+        region: Region = match["region"]
+        source = self._sources[match.root]
+        emitted = load(_written(self.folder, source))
+        path, operator = module_path(region.anchor), str(region.anchor.target)
+        names = tuple(str(node.target).removeprefix("aten.") for node in region.fused)
+        self.sites.append(EmittedSite(path, operator, names, source.formula, source.kernels, emitted, region.miss))
+        return {match.root: edit.call(emitted.operator, *source.arguments)}
+
+
+def _written(folder: Path, source: emit_source.Source) -> Path:
+    """The file, written unless it is there."""
+    path = folder / f"{source.stem}.py"
+    content = source.text.encode()
+    if not path.exists() or path.read_bytes() != content:
+        cache.write(path, content)
+    return path

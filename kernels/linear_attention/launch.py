@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device implementations of linear attention, and the calls whose kernels CI compiles for every target."""
+
+from __future__ import annotations
+
+from rewriter.kernels.linear_attention.launch_additive import SHIPPED as ADDITIVE
+from rewriter.kernels.linear_attention.launch_additive import forward as linear_attention
+from rewriter.kernels.linear_attention.launch_additive_backward import SHIPPED as ADDITIVE_BACKWARD
+from rewriter.kernels.linear_attention.launch_additive_backward import backward as linear_attention_backward
+
+__all__ = ["SHIPPED", "linear_attention", "linear_attention_backward"]
+
+SHIPPED = (*ADDITIVE, *ADDITIVE_BACKWARD)

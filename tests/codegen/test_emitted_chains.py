@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gate 1 of emitted kernels: random prologues and epilogues, against the fused nodes in aten, under the interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emitted_chains import DTYPES, Built, aten, chain, complaint, normal
+from interpreter import interpreting
+from rewriter.codegen.emitting import Emission, emit
+from rewriter.kernels.shift_add import codec
+from rewriter.kernels.shift_add.op import bcq_linear
+from rewriter.program import Program
+
+
+def emitted_call(emission: Emission) -> tuple[Any, list[Any]]:
+    """The one emitted operator of a program of placeholders, and its arguments in the example call."""
+    (site,) = emission.sites
+    program = emission.program
+    (node,) = program.graph.find_nodes(op="call_function", target=site.emitted.operator)
+    given = dict(zip(program.graph.find_nodes(op="placeholder"), program.example, strict=True))
+    return site.emitted, [given[n] for n in node.args]
+
+
+def check(program: Program, folder: Path, which: int = 0) -> None:
+    emission = emit(program, folder=folder, dense=True, expensive=True)
+    if not emission.sites:
+        assert all(miss.reason for miss in emission.misses)
+        return
+    emitted, args = emitted_call(emission)
+    with interpreting(which):
+        got = emitted.module.run(*args)
+    assert (reason := complaint(emitted, args, got)) is None, reason
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emitted")
+
+
+@st.composite
+def programs(draw: st.DrawFn, operator: str) -> Program:
+    """chain(operator(chain(x)))"""
+    dtype = draw(st.sampled_from(DTYPES))
+    lead = draw(st.sampled_from([(3,), (17,), (2, 5), (1,), (2, 2, 3), (1, 1)]))
+    features, columns = draw(st.sampled_from([(70, 40), (7, 5), (64, 67), (130, 16), (1, 1)]))
+    built = Built()
+    x: Any = built.input(normal(draw, (*lead, features), dtype))
+    x = chain(draw, built, x, (*lead, features), dtype, costly=True, length=draw(st.integers(0, 3)))
+    x = built.graph.call_function(aten.to.dtype, (x, dtype))
+    bias = built.input(normal(draw, (columns,), dtype)) if draw(st.booleans()) else None
+    weight = normal(draw, (columns, features), torch.float32) / features**0.5
+    if operator == "linear":
+        y = built.graph.call_function(aten.linear.default, (x, built.input(weight.to(dtype)), bias))
+    else:
+        group = draw(st.sampled_from([features, 8, 3]))
+        codes, scale = quantised(weight, group)
+        packed = built.input(codes), built.input(scale)
+        y = built.graph.call_function(bcq_linear, (x, *packed, None, bias, group, features))
+    length = draw(st.integers(1, 6))
+    return built.program(chain(draw, built, y, (*lead, columns), dtype, costly=True, length=length))
+
+
+def quantised(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Two random planes with scales of the weight's size: any codes will do."""
+    out, width = weight.shape
+    generator = torch.Generator().manual_seed(out * width)
+    signs = torch.randint(0, 2, (out, 2, width), generator=generator)
+    groups = -(-width // group)
+    scale = weight.abs().mean() * (0.5 + torch.rand((out, groups, 2), generator=generator))
+    return codec.pack_bits(signs.bool()), scale
+
+
+@settings(max_examples=25)
+@given(programs("linear"), st.integers(0, 1))
+def test_dense_chains(folder: Path, program: Program, which: int) -> None:
+    check(program, folder, which)
+
+
+@settings(max_examples=15)
+@given(programs("bcq_linear"), st.integers(0, 1))
+def test_packed_chains(folder: Path, program: Program, which: int) -> None:
+    check(program, folder, which)
