@@ -260,6 +260,18 @@ _INFIX = {
 }
 
 
+def name_of(node: Node) -> str:
+    """``add`` of ``aten.add.Tensor``."""
+    return str(node.target).split(".")[1].strip("_")
+
+
+def is_identity(node: Node) -> bool:
+    """Whether a node computes nothing: views, dropout in evaluation, casts to the dtype a value has."""
+    if node.target in CASTS:
+        return node.meta["val"].dtype is node.all_input_nodes[0].meta["val"].dtype
+    return node.target in IDENTITIES
+
+
 def formula(node: Node, names: Mapping[Node, str], arguments: Callable[[Node], Mapping[str, Any]]) -> str:
     """A value as mathematics, for people; ``names`` are the values it is computed from."""
     return _written(node, names, arguments)[0]
@@ -272,9 +284,9 @@ def _written(value: Any, names: Mapping[Node, str], arguments: Callable[[Node], 
     if value in names:
         return names[value], False
     given = arguments(value)
-    if value.target in IDENTITIES:
+    if is_identity(value):
         return _written(given.get("self", given.get("input")), names, arguments)
-    operator = str(value.target).removeprefix("aten.").partition(".")[0]
+    operator = name_of(value)
     if value.target in CASTS:
         operator, given = str(given["dtype"]).removeprefix("torch."), {"self": given["self"]}
     if operator in _INFIX and "other" in given and given.get("alpha", 1) == 1:

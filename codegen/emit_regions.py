@@ -25,10 +25,10 @@ from rewriter.codegen.emit_expressions import (
     ELEMENTS,
     EXPENSIVE,
     EXPRESSIONS,
-    IDENTITIES,
     VIEWS,
     Call,
     Unfit,
+    is_identity,
 )
 from rewriter.facts import Facts, same_shape, same_size
 from rewriter.matcher import Match
@@ -74,7 +74,7 @@ class Region:
     @property
     def fused(self) -> tuple[Node, ...]:
         """The nodes that compute something."""
-        return tuple(n for n in (*self.prologue, *self.epilogue) if n.target not in IDENTITIES)
+        return tuple(n for n in (*self.prologue, *self.epilogue) if not is_identity(n))
 
     def match(self) -> Match:
         nodes = tuple(sorted((*self.prologue, self.anchor, *self.epilogue)))
@@ -167,7 +167,7 @@ class Search:
 
     def _closed(self, anchor: Node, inside: tuple[Node, ...], root: Node) -> tuple[Operand, ...] | str:
         """The operands of nodes from which only the root's value leaves; else why it is not so."""
-        if all(node.target in IDENTITIES for node in inside) or root.target in IDENTITIES:
+        if is_identity(root):
             return "nothing to compute"
         escaped = self.facts.escape((anchor, *inside), (root,))
         if escaped is not None:
@@ -196,7 +196,7 @@ class Search:
         nodes = tuple(sorted(n for n in inside if set(self.facts.users(n)) <= {region.anchor, *inside}))
         while nodes and (operands := self._main_first(nodes, activations)) is None:
             nodes = nodes[1:]
-        if not nodes or operands is None or all(node.target in IDENTITIES for node in nodes):
+        if not nodes or operands is None or all(map(is_identity, nodes)):
             return region
         grown = Region(region.anchor, nodes, region.epilogue, operands, region.after, region.root, region.miss)
         if legality.refusal(self.facts, grown.match(), besides=("dtype",)) is not None:

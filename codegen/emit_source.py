@@ -34,6 +34,7 @@ from rewriter.kernels.emitted.loading import MARK, digest
 from rewriter.rules import module_path, provenance
 
 VERSION = 1
+LINE = 120
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class _Writer:
 
     def _named_values(self) -> dict[Node, str]:
         nodes = (*self.region.prologue, self.region.anchor, *self.region.epilogue)
-        return {node: self._fresh(_operator(node)) for node in nodes}
+        return {node: self._fresh(name_of(node)) for node in nodes}
 
     # -- kernels
 
@@ -186,7 +187,8 @@ class _Writer:
         parameters += [parameter for parameter in wanted if parameter not in parameters]
         loaded = f"tl.load({address}{f', mask={mask}, other=0' if mask else ''})"
         truth = operand.node.meta["val"].dtype is torch.bool
-        return name, [*lines, f"{name} = {f'({loaded} != 0)' if truth else f'{loaded}.to(tl.float32)'}{lift}"]
+        value = f"({loaded} != 0)" if truth and lift else f"{loaded} != 0" if truth else f"{loaded}.to(tl.float32)"
+        return name, [*lines, f"{name} = {value}{lift}"]
 
     def _computed(self, nodes: Iterable[Node], texts: dict[Node, str], last: str = "") -> Iterator[str]:
         nodes = tuple(nodes)
@@ -231,7 +233,7 @@ class _Writer:
 
     def _head(self, site: str, written: str) -> str:
         rule = provenance(self.region.anchor).get("rule", "none: it is the model's own")
-        fused = ", ".join(_operator(node) for node in self.region.fused)
+        fused = ", ".join(name_of(node) for node in self.region.fused)
         return f"""\
 # Emitted by rewriter.codegen.emitting, version {VERSION}. It runs without the generator; edits are refused by the hash.
 #
@@ -269,19 +271,32 @@ class _Writer:
         given = (f"{kind} {name}" for kind, name in zip(kinds, self.arguments.values(), strict=True))
         return f"({', '.join(given)}) -> Tensor"
 
-    def _signature(self, name: str) -> str:
+    def _signature(self, name: str) -> list[str]:
         kinds = ("torch.Tensor" if isinstance(n.meta.get("val"), Tensor) else "int" for n in self.arguments)
-        given = (f"{argument}: {kind}" for kind, argument in zip(kinds, self.arguments.values(), strict=True))
-        return f"def {name}({', '.join(given)}) -> torch.Tensor:"
+        given = [f"{argument}: {kind}" for kind, argument in zip(kinds, self.arguments.values(), strict=True)]
+        line = f"def {name}({', '.join(given)}) -> torch.Tensor:"
+        if len(line) <= LINE:
+            return [line]
+        return [f"def {name}(", *(f"    {argument}," for argument in given), ") -> torch.Tensor:"]
 
     def _reference(self, written: str) -> str:
         names = {**self.values, **self.arguments}
-        lines = [self._signature("reference"), f'    """{written}, operator by operator."""']
+        lines = [*self._signature("reference"), f'    """{written}, operator by operator."""']
         nodes = (*self.region.prologue, self.region.anchor, *self.region.epilogue)
         for node in nodes:
             target = "return" if node is nodes[-1] else f"{self.values[node]} ="
-            lines.append(f"    {target} {_call(node, names, self.facts)}")
+            lines.append(f"    {target} {self._call(node, names)}")
         return "\n".join(lines)
+
+    def _call(self, node: Node, names: Mapping[Node, str]) -> str:
+        """A node as Python."""
+        if node.target in CASTS:  # without the device, which is the operand's
+            return f"{names[node.all_input_nodes[0]]}.to({self.facts.arguments(node)['dtype']})"
+        if node is self.region.anchor:
+            return f"torch.ops.{node.target}({', '.join(_literal(value, names) for value in self.given.values())})"
+        given = [_literal(value, names) for value in node.args]
+        given += [f"{name}={_literal(value, names)}" for name, value in node.kwargs.items()]
+        return f"torch.ops.{node.target}({', '.join(given)})"
 
     def _table(self, kernels: Mapping[str, str]) -> str:
         lines = ["KERNELS = {"]
@@ -300,12 +315,14 @@ class _Writer:
         return sum(operand.form == "tile" for operand in self.region.after)
 
     def _run(self) -> str:
-        lines = [self._signature("run"), '    """The same by the kernel. Raises Unsupported."""']
+        lines = [*self._signature("run"), '    """The same by the kernel. Raises Unsupported."""']
         entries: list[str] = []
         sizes = dict.fromkeys((o.node for o in self.region.before), self.features)
         sizes |= dict.fromkeys((o.node for o in self.region.after), self.columns)
         for node, name in self.locals.items():
             given, operand = self.arguments[node], self._operand(node)
+            if node.meta["val"].dtype is torch.bool:  # kernels read bytes
+                given = f"{given}.view(torch.uint8)"
             if operand.form == "tile":
                 lines.append(f"    {name} = flat({given}, {sizes[node]})")
                 entries += [f'"{name}_ptr": {name}', f'"{name}_stride": {name}.stride(0)']
@@ -374,22 +391,9 @@ def _static(size: Any, what: str) -> int:
     return size
 
 
-def _operator(node: Node) -> str:
-    return str(node.target).partition(".")[2].partition(".")[0].strip("_")
-
-
 def _pattern(path: str) -> str:
     """A module path with stars for layer numbers."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
-def _call(node: Node, names: Mapping[Node, str], facts: Facts) -> str:
-    """A node as Python."""
-    if node.target in CASTS:  # without the device, which is the operand's
-        return f"{names[node.all_input_nodes[0]]}.to({facts.arguments(node)['dtype']})"
-    given = [_literal(value, names) for value in node.args]
-    given += [f"{name}={_literal(value, names)}" for name, value in node.kwargs.items()]
-    return f"torch.ops.{node.target}({', '.join(given)})"
 
 
 def _literal(value: Any, names: Mapping[Node, str]) -> str:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import SymInt, Tensor
 from torch.fx import Node
 
 from rewriter.codegen import emit_source, emit_templates
@@ -23,6 +25,7 @@ from rewriter.codegen.emit_expressions import Unfit
 from rewriter.codegen.emit_regions import Region, Search
 from rewriter.kernels import cache
 from rewriter.kernels.emitted.loading import Emitted, load
+from rewriter.kernels.launching import Request, recorded
 from rewriter.matcher import Match, Miss
 from rewriter.program import Program
 from rewriter.rewriting import rewrite
@@ -46,6 +49,7 @@ class EmittedSite:
         kernels: names of the operator's kernels it has copies of.
         emitted: the file, its module and the operator in the program.
         until: why the region ends where it does; "" where nothing stood behind it.
+        values: descriptions of the operator's arguments: tensors and sizes, symbolic where the program's are.
     """
 
     path: str
@@ -55,6 +59,20 @@ class EmittedSite:
     kernels: tuple[str, ...]
     emitted: Emitted
     until: str = ""
+    values: tuple[Any, ...] = ()
+
+    def requests(self, batch: int) -> list[Request]:
+        """What a call would start, to be compiled ahead of time or costed; nothing runs.
+
+        Args:
+            batch: stands for the first size that is only known when the program runs; any other counts 1.
+
+        Raises:
+            Unsupported: the reference would run.
+        """
+        with recorded() as requests:
+            self.emitted.module.run(*_concrete(self.values, batch))
+        return requests
 
 
 @dataclass(frozen=True)
@@ -138,9 +156,29 @@ class _Emit(Rule):
         source = self._sources[match.root]
         emitted = load(_written(self.folder, source))
         path, operator = module_path(region.anchor), str(region.anchor.target)
+        values = tuple(node.meta["val"] for node in source.arguments)
         names = tuple(str(node.target).removeprefix("aten.") for node in region.fused)
         self.sites.append(EmittedSite(path, operator, names, source.formula, source.kernels, emitted, region.miss))
         return {match.root: edit.call(emitted.operator, *source.arguments)}
+
+
+def _concrete(values: Sequence[Any], batch: int) -> list[Any]:
+    """Tensors without data for descriptions with symbolic sizes."""
+    sizes = [size for value in values for size in (value.shape if isinstance(value, Tensor) else (value,))]
+    symbols = [
+        symbol for size in sizes if isinstance(size, SymInt) for symbol in sorted(size.node.expr.free_symbols, key=str)
+    ]
+    first = dict.fromkeys(symbols, 1) | dict.fromkeys(symbols[:1], batch)
+
+    def known(size: int | SymInt) -> int:
+        return int(size.node.expr.subs(first)) if isinstance(size, SymInt) else size
+
+    return [
+        torch.empty([known(size) for size in value.shape], dtype=value.dtype, device="meta")
+        if isinstance(value, Tensor)
+        else known(value)
+        for value in values
+    ]
 
 
 def _written(folder: Path, source: emit_source.Source) -> Path:

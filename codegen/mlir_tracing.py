@@ -26,7 +26,7 @@ _IMPORTED = frozenset({"while_loop"})
 
 # What leaves the value of a byte alone. TOSA has no unsigned integers: anything else there would compute with signs.
 _MOVES = frozenset(
-    "alias cat clone constant_pad_nd convert_element_type detach embedding expand flip gather index index_select"
+    "alias cat clone constant_pad_nd convert_element_type detach embedding expand flip full_like gather index index_select"
     " permute select slice squeeze transpose unsqueeze view".split()
 )
 

@@ -17,6 +17,7 @@ from rewriter.kernels.vq_logits.kernels import dot_tile
 def keys_of(logit, token):
     """Keys of float32 logits; the lowest number for negative tokens."""
     logit = tl.where(logit == 0, 0.0, logit)  # -0 and 0 are equal
+    logit = tl.where(logit != logit, float("nan"), logit)  # above all numbers, whatever its sign
     bits = logit.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from rewriter.kernels.after_head import kernels
 from rewriter.kernels.after_head.reference import soft_weights
 from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
+from rewriter.kernels.vq_logits import launch as shipped
 from rewriter.kernels.vq_logits.codec import unpack_codes
-from rewriter.kernels.vq_logits.launch import cdiv, code_logits, expanded, require, rows_of, sums_by_code
 from rewriter.kernels.vq_logits.loss_launch import (
     CHUNK,
     Tiles,
@@ -24,6 +24,7 @@ from rewriter.kernels.vq_logits.loss_launch import (
     loss_blocks,
     weighted_backward,
 )
+from rewriter.kernels.vq_logits.tiers_launch import cdiv, code_logits, expanded, require, rows_of, sums_by_code
 
 __all__ = [
     "SHIPPED", "cross_entropy", "linear_logsumexp", "linear_logsumexp_backward", "linear_topk", "log_softmax",
@@ -88,7 +89,7 @@ def topk(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None
         Unsupported: these candidates are no fewer than the vocabulary.
     """
     require(h, codebook, code_of, token_bias)
-    tokens, (codes, width) = code_of.shape[0], codebook.shape
+    tokens, codes = code_of.shape[0], codebook.shape[0]
     picks = min(k, codes)
     if k * picks >= tokens:
         raise Unsupported(f"for k={k} of {tokens} tokens all logits are looked at")
@@ -175,4 +176,35 @@ def _read(keys: Tensor, h: Tensor) -> Pair:
     return values, tokens
 
 
-SHIPPED: tuple[Shipped, ...] = ()
+def _dense(positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    h, _, _, _ = shipped.head(positions, dtype)
+    return h, shipped.empty(CHUNK, shipped.D, dtype=dtype), shipped.empty(CHUNK, dtype=dtype)
+
+
+def _dense_backward(positions: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    per_position = shipped.empty(positions, dtype=torch.float32)
+    return per_position, *_dense(positions, dtype), per_position, [True, True, True]
+
+
+def _probabilities(positions: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    target = shipped.empty(positions, shipped.V, dtype=torch.float32)
+    return *shipped.head(positions, dtype), target, None, 0.1
+
+
+SHIPPED = (
+    Shipped("after_head softmax, 64", softmax, lambda: shipped.head(64, torch.bfloat16)),
+    Shipped(
+        "after_head cross entropy against probabilities, 4096",
+        soft_cross_entropy,
+        lambda: _probabilities(4096, torch.bfloat16),
+    ),
+    Shipped("after_head topk 50, 1", topk, lambda: (*shipped.head(1, torch.bfloat16), 50), "mma"),
+    Shipped("after_head topk of a dense head, 64", linear_topk, lambda: (*_dense(64, torch.bfloat16), 50)),
+    Shipped("after_head topk of a dense head, 4096", linear_topk, lambda: (*_dense(4096, torch.float16), 50)),
+    Shipped("after_head logsumexp of a dense head, 4096", linear_logsumexp, lambda: _dense(4096, torch.bfloat16)),
+    Shipped(
+        "after_head logsumexp of a dense head, backward, 4096",
+        linear_logsumexp_backward,
+        lambda: _dense_backward(4096, torch.bfloat16),
+    ),
+)

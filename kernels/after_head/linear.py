@@ -16,6 +16,8 @@ from torch import Tensor
 from rewriter.kernels.after_head import reference
 from rewriter.kernels.after_head.shared import Pair, check_linear, fake_topk, topk_vmap
 from rewriter.kernels.spec import Cost, KernelSpec
+from rewriter.kernels.vq_logits import shared
+from rewriter.kernels.vq_logits.gradients import Wanted, fake, given, operator
 from rewriter.kernels.vq_logits.reference import loss_dtype
 from rewriter.kernels.vq_logits.shared import Grads, check_k, positions, tensor_bytes, vmap_rule
 
@@ -34,27 +36,32 @@ def _save_with_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.save_for_backward(*inputs, output)
 
 
-def _logsumexp_backward(ctx: Any, grad: Tensor) -> Grads:
-    h, weight, bias, log_z = ctx.saved_tensors
+def _logsumexp_gradients(
+    grad: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, log_z: Tensor, wanted: Wanted
+) -> Grads:
+    """Gradients of h, weight and bias; the last in at least float32."""
     flat = h.reshape(-1, h.shape[-1])
     grad_h, rows, offsets = None, [], []
     for start in range(0, weight.shape[0], reference.CHUNK):
         logits = reference.row_logits(h, weight, bias, start)
         share = (logits - log_z.unsqueeze(-1)).exp() * grad.unsqueeze(-1)
         narrow = share.to(h.dtype)
-        if ctx.needs_input_grad[0]:
+        if wanted[0]:
             part = narrow @ weight[start : start + reference.CHUNK].to(h.dtype)
             grad_h = part if grad_h is None else grad_h + part
         per_row = narrow.reshape(-1, narrow.shape[-1])
-        if ctx.needs_input_grad[1]:
+        if wanted[1]:
             rows.append(per_row.t() @ flat)
-        if ctx.needs_input_grad[2]:
+        if wanted[2]:
             offsets.append(share.reshape(per_row.shape).sum(0))
-    return (
-        grad_h,
-        torch.cat(rows).to(weight.dtype) if rows else None,
-        torch.cat(offsets).to(bias.dtype) if offsets else None,
-    )
+    return grad_h, torch.cat(rows).to(weight.dtype) if rows else None, torch.cat(offsets) if offsets else None
+
+
+def _logsumexp_backward(ctx: Any, grad: Tensor) -> Grads:
+    h, weight, bias, log_z = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    gradient = linear_logsumexp_backward if shared.on_gpu(h) else _logsumexp_gradients
+    return tuple(given(wanted, gradient(grad, h, weight, bias, log_z, wanted), bias))
 
 
 def _topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Pair:
@@ -98,6 +105,15 @@ def _topk_cost(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Cost:
     return Cost(flops, tensor_bytes(h, weight, bias), positions(h) * k * (h.element_size() + 8))
 
 
+def _logsumexp_backward_cost(
+    grad: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, log_z: Tensor, wanted: Wanted
+) -> Cost:
+    # Per logit: the product once more, minus log Z, exponential, times the gradient; a product for each gradient.
+    flops = positions(h) * (2 * (1 + sum(wanted[:2])) * weight.numel() + (3 + wanted[2]) * weight.shape[0])
+    written = tensor_bytes(h) * wanted[0] + tensor_bytes(weight) * wanted[1] + 4 * weight.shape[0] * wanted[2]
+    return Cost(flops, tensor_bytes(grad, h, weight, bias, log_z), written)
+
+
 LOGSUMEXP = KernelSpec(
     name="linear_logsumexp",
     schema="(Tensor h, Tensor weight, Tensor? bias) -> Tensor",
@@ -108,6 +124,17 @@ LOGSUMEXP = KernelSpec(
     vmap=vmap_rule("linear_logsumexp", (0,)),
     cost=_logsumexp_cost,
     autocast=("h",),
+    implementations={"cuda": "rewriter.kernels.after_head.launch:linear_logsumexp"},
+)
+
+LOGSUMEXP_BACKWARD = KernelSpec(
+    name="linear_logsumexp_backward",
+    schema="(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor log_z, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=operator(_logsumexp_gradients, (1, 2, None)),
+    fake=fake((1, 2, None), biases=2),
+    cost=_logsumexp_backward_cost,
+    implementations={"cuda": "rewriter.kernels.vq_logits.loss_launch:linear_logsumexp_backward"},
 )
 
 TOPK = KernelSpec(
@@ -120,7 +147,9 @@ TOPK = KernelSpec(
     vmap=topk_vmap("linear_topk"),
     cost=_topk_cost,
     autocast=("h",),
+    implementations={"cuda": "rewriter.kernels.after_head.launch:linear_topk"},
 )
 
+linear_logsumexp_backward = LOGSUMEXP_BACKWARD.register()
 linear_logsumexp = LOGSUMEXP.register()
 linear_topk = TOPK.register()

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels.vq_logits.codec import unpack_codes
-from rewriter.kernels.vq_logits.reference import code_log_mass, loss_dtype, tiers_logits
+from rewriter.kernels.vq_logits.reference import code_log_mass, log_within, loss_dtype, tiers_logits
+from rewriter.kernels.vq_logits.reference import code_logits as code_logits
+from rewriter.kernels.vq_logits.reference import code_sums as code_sums
 
 # Tokens whose logits are formed at a time where a head is walked row by row.
 CHUNK = 2048
@@ -31,19 +33,6 @@ _LAST = torch.iinfo(torch.int64).max
 
 
 # -- tiers -------------------------------------------------------------------------------------------------------
-
-
-def code_logits(h: Tensor, codebook: Tensor) -> Tensor:
-    """l = h Cᵀ in h's dtype, then at least float32. h ``[..., d]`` -> ``[..., K]``."""
-    return F.linear(h, codebook.to(h.dtype)).to(loss_dtype(h))
-
-
-def code_sums(values: Tensor, code: Tensor, codes: int) -> Tensor:
-    """Σ over the tokens of each code. values ``[..., V]``, code int64 ``[V]`` -> ``[..., K]``."""
-    rows = values.reshape(-1, values.shape[-1])
-    # Along rows, because adding columns is slow.
-    sums = rows.new_zeros((codes, rows.shape[0])).index_add(0, code, rows.t())
-    return sums.t().reshape(*values.shape[:-1], codes)
 
 
 def log_posteriors(
@@ -58,12 +47,6 @@ def log_posteriors(
     mass = code_log_mass(code_of, token_bias, codebook.shape[0], logits.dtype)
     by_code = torch.log_softmax(logits + mass, dim=-1)
     return torch.where(mass > -torch.inf, by_code, 0.0), log_within(code, token_bias, mass), code
-
-
-def log_within(code: Tensor, token_bias: Tensor | None, mass: Tensor) -> Tensor:
-    """log P(i | M(i)) = b_i − B_{M(i)}, ``[V]``."""
-    own = mass.index_select(0, code)
-    return -own if token_bias is None else token_bias.to(mass.dtype) - own
 
 
 def tiers_log_softmax(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:

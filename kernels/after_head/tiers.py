@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators after a tiers head: softmax and its logarithm, cross entropy against tokens or probabilities, topk.
 
-With P_j = exp(l_j + B_j − log Z), the weight t_i a loss puts on token i, and T_j = Σ_{M(i)=j} t_i:
-
-    ∂loss/∂l_j = P_j Σ_i t_i − T_j        ∂loss/∂b_i = P_{M(i)} exp(b_i − B_{M(i)}) Σ_k t_k − t_i
-
-log_softmax is the loss with t = −gradient; softmax that with t_i = −p_i · gradient_i.
+Their gradients are in ``kernels/vq_logits/loss_gradients.py``.
 """
 
 from __future__ import annotations
@@ -16,11 +12,13 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.after_head import reference
-from rewriter.kernels.after_head.reference import code_logits, code_sums, log_within, soft_weights
+from rewriter.kernels.after_head.reference import soft_weights
 from rewriter.kernels.after_head.shared import Pair, check_probabilities, check_smoothing, fake_topk, topk_vmap
 from rewriter.kernels.spec import Cost, KernelSpec
 from rewriter.kernels.vq_logits.codec import unpack_codes
-from rewriter.kernels.vq_logits.reference import code_log_mass, loss_dtype
+from rewriter.kernels.vq_logits.gradients import given
+from rewriter.kernels.vq_logits.loss_gradients import of_log_softmax, of_loss, through_logits
+from rewriter.kernels.vq_logits.reference import loss_dtype
 from rewriter.kernels.vq_logits.shared import (
     Grads,
     check_k,
@@ -31,50 +29,6 @@ from rewriter.kernels.vq_logits.shared import (
     tensor_bytes,
     vmap_rule,
 )
-
-# -- gradients common to all -------------------------------------------------------------------------------------
-
-
-def _through(
-    ctx: Any,
-    head: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    total: Tensor | None,
-    per_code: Tensor,
-    per_token: Tensor | None,
-) -> Grads:
-    """Gradients of h, codebook, code_of (none) and token_bias.
-
-    Args:
-        head: h ``[..., d]`` and what the head is made of.
-        total: Σ_i t_i, ``[...]``, times the gradient of the result; None where no log Z is in it.
-        per_code: T, ``[..., K]``, times the gradient.
-        per_token: Σ over positions of t, ``[V]``, times the gradient; None where the bias needs none.
-    """
-    h, codebook, code_of, token_bias = head
-    grad_logits, grad_bias = -per_code, None if per_token is None else -per_token
-    if total is not None:
-        code = unpack_codes(code_of)
-        mass = code_log_mass(code_of, token_bias, codebook.shape[0], per_code.dtype)
-        posterior = torch.softmax(code_logits(h, codebook) + mass, dim=-1) * total.unsqueeze(-1)
-        grad_logits = grad_logits + posterior
-        if grad_bias is not None:
-            by_code = posterior.reshape(-1, posterior.shape[-1]).sum(0)
-            grad_bias = grad_bias + by_code.index_select(0, code) * log_within(code, token_bias, mass).exp()
-    narrow = grad_logits.to(h.dtype)
-    grad_codebook = None
-    if ctx.needs_input_grad[1]:
-        grad_codebook = (narrow.reshape(-1, narrow.shape[-1]).t() @ h.reshape(-1, h.shape[-1])).to(codebook.dtype)
-    return (
-        narrow @ codebook.to(h.dtype) if ctx.needs_input_grad[0] else None,
-        grad_codebook,
-        None,
-        None if grad_bias is None or token_bias is None else grad_bias.to(token_bias.dtype),
-    )
-
-
-def _summed(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1]).sum(0)
-
 
 # -- softmax -----------------------------------------------------------------------------------------------------
 
@@ -95,18 +49,12 @@ def _softmax_fake(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tens
 
 
 def _log_softmax_backward(ctx: Any, grad: Tensor) -> Grads:
-    return _from_weights(ctx, ctx.saved_tensors, -grad)
+    return of_log_softmax(ctx, grad, ctx.saved_tensors)
 
 
 def _softmax_backward(ctx: Any, grad: Tensor) -> Grads:
     *head, p = ctx.saved_tensors
-    return _from_weights(ctx, head, -grad * p)
-
-
-def _from_weights(ctx: Any, head: Any, t: Tensor) -> Grads:
-    _, codebook, code_of, _ = head
-    per_code = code_sums(t, unpack_codes(code_of), codebook.shape[0])
-    return _through(ctx, head, t.sum(-1), per_code, _summed(t) if ctx.needs_input_grad[3] else None)
+    return of_log_softmax(ctx, grad * p, head)
 
 
 def _save_with_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -177,24 +125,9 @@ def _cross_entropy_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _cross_entropy_backward(ctx: Any, grad: Tensor) -> Grads:
-    h, codebook, code_of, token_bias, target, weight = ctx.saved_tensors
-    smoothing, tokens, wide = ctx.label_smoothing, code_of.shape[0], loss_dtype(h)
-    code = unpack_codes(code_of)
-    counted = target != ctx.ignore_index
-    token = torch.where(counted, target, 0)
-    kept = torch.where(counted, grad, 0.0)
-    # t_i = (1 − ε) w_y [i = y] + ε/V w_i, times the gradient
-    own = (1 - smoothing) * (kept if weight is None else kept * weight.to(wide)[token])
-    share = torch.ones(tokens, dtype=wide, device=h.device) if weight is None else weight.to(wide)
-    share = share * (smoothing / tokens)
-    per_code = kept.unsqueeze(-1) * code_sums(share, code, codebook.shape[0])
-    per_code = per_code.scatter_add(-1, code[token].unsqueeze(-1), own.unsqueeze(-1))
-    per_token = None
-    if ctx.needs_input_grad[3]:
-        per_token = (kept.sum() * share).index_add(0, token.reshape(-1), own.reshape(-1))
-    total = own + kept * share.sum()
-    head = (h, codebook, code_of, token_bias)
-    return (*_through(ctx, head, total, per_code, per_token), None, None, None, None)
+    *head, target, weight = ctx.saved_tensors
+    found = of_loss(ctx, grad, head, target, weight, ctx.label_smoothing, ctx.ignore_index)
+    return (*found, None, None, None, None)
 
 
 def _soft_cross_entropy(
@@ -239,7 +172,7 @@ def _soft_cross_entropy_backward(ctx: Any, grad: Tensor) -> Grads:
         surprise = -reference.tiers_log_softmax(h, codebook, code_of, token_bias) * grad.unsqueeze(-1)
         surprise = surprise * (1 - ctx.label_smoothing)
         grad_target = (surprise if weight is None else surprise * weight.to(wide)).to(target.dtype)
-    return (*_from_weights(ctx, head, t), grad_target, None, None)
+    return (*of_log_softmax(ctx, -t, head), grad_target, None, None)
 
 
 def _loss_cost(
@@ -281,15 +214,19 @@ def _topk_save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
 
 
 def _topk_backward(ctx: Any, grad: Tensor, _: Any) -> Grads:
+    # k numbers per position: sums of few, on every device by this formula.
     h, codebook, code_of, token_bias, token = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     wide = grad.to(loss_dtype(h))
     per_code = torch.zeros((*h.shape[:-1], codebook.shape[0]), dtype=wide.dtype, device=h.device)
     per_code = per_code.scatter_add(-1, unpack_codes(code_of)[token], -wide)
     per_token = None
-    if ctx.needs_input_grad[3]:
+    if wanted[2]:
         per_token = torch.zeros(code_of.shape[0], dtype=wide.dtype, device=h.device)
         per_token = per_token.index_add(0, token.reshape(-1), -wide.reshape(-1))
-    return (*_through(ctx, (h, codebook, code_of, token_bias), None, per_code, per_token), None)
+    found = through_logits((h, codebook, code_of, token_bias), None, per_code, per_token, wanted)
+    grad_h, grad_codebook, grad_bias = given(wanted, found, token_bias)
+    return grad_h, grad_codebook, None, grad_bias, None
 
 
 def _topk_cost(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, k: int) -> Cost:
@@ -313,6 +250,7 @@ LOG_SOFTMAX = KernelSpec(
     vmap=vmap_rule("vq_tiers_log_softmax", (0,)),
     cost=_softmax_cost,
     autocast=("h",),
+    implementations={"cuda": "rewriter.kernels.after_head.launch:log_softmax"},
 )
 
 SOFTMAX = KernelSpec(
@@ -325,6 +263,7 @@ SOFTMAX = KernelSpec(
     vmap=vmap_rule("vq_tiers_softmax", (0,)),
     cost=_softmax_cost,
     autocast=("h",),
+    implementations={"cuda": "rewriter.kernels.after_head.launch:softmax"},
 )
 
 CROSS_ENTROPY = KernelSpec(
@@ -337,6 +276,7 @@ CROSS_ENTROPY = KernelSpec(
     vmap=vmap_rule("vq_tiers_cross_entropy", (0, 4)),
     cost=_loss_cost,
     autocast=("h",),
+    implementations={"cuda": "rewriter.kernels.after_head.launch:cross_entropy"},
 )
 
 SOFT_CROSS_ENTROPY = KernelSpec(
@@ -349,6 +289,7 @@ SOFT_CROSS_ENTROPY = KernelSpec(
     vmap=vmap_rule("vq_tiers_soft_cross_entropy", (0, 4)),
     cost=_loss_cost,
     autocast=("h",),
+    implementations={"cuda": "rewriter.kernels.after_head.launch:soft_cross_entropy"},
 )
 
 TOPK = KernelSpec(
@@ -361,7 +302,10 @@ TOPK = KernelSpec(
     vmap=topk_vmap("vq_tiers_topk"),
     cost=_topk_cost,
     autocast=("h",),
-    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_tiers_topk"},
+    implementations={
+        "cpu": "rewriter.kernels.vq_logits.native:vq_tiers_topk",
+        "cuda": "rewriter.kernels.after_head.launch:topk",
+    },
 )
 
 vq_tiers_log_softmax = LOG_SOFTMAX.register()

@@ -24,13 +24,13 @@ _SHARE = 256  # classes are dealt out in multiples of this
 _PROGRAMS = 512  # programs to aim at: two or more for each multiprocessor of today's largest chips
 
 _HALF = (
-    Config({"BN": 128, "BK": 64}, 8, 3, only="cuda"),
     Config({"BN": 128, "BK": 32}, 8, 2),
+    Config({"BN": 128, "BK": 64}, 8, 3, only="cuda"),
 )
 # With a soft-cap, or sums for class weights, more values live beside each logit.
 _HALF_NARROW = (
-    Config({"BN": 64, "BK": 64}, 8, 3, only="cuda"),
     Config({"BN": 64, "BK": 32}, 8, 2),
+    Config({"BN": 64, "BK": 64}, 8, 3, only="cuda"),
 )
 # Products in float32 are no matrix instructions (unless TF32 is allowed): smaller tiles, more threads for each.
 _SINGLE = (Config({"BN": 64, "BK": 32}, 8, 2),)

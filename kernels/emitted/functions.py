@@ -79,12 +79,12 @@ def softplus(x, beta, threshold):
 
 @triton.jit
 def maximum(x, y):
-    return tl.where((x > y) | (x != x), x, y)
+    return tl.where(x != x, x, tl.where(x > y, x, y))
 
 
 @triton.jit
 def minimum(x, y):
-    return tl.where((x < y) | (x != x), x, y)
+    return tl.where(x != x, x, tl.where(x < y, x, y))
 
 
 @triton.jit

@@ -118,12 +118,21 @@ _ADDITIVE_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? keep, Tensor? state, Tensor? normaliser,"
     " float scale, bool causal, str normalise, int chunk) -> (Tensor, Tensor, Tensor)"
 )
-_setup, _backward = backward_of("linear_attention", _ADDITIVE_SCHEMA, _additive)
+_setup, _backward = backward_of(
+    "linear_attention",
+    _ADDITIVE_SCHEMA,
+    _additive,
+    _additive_cost,
+    {"cuda": "rewriter.kernels.linear_attention.launch:linear_attention_backward"},
+)
 linear_attention: OpOverload = KernelSpec(
     name="linear_attention",
     schema=_ADDITIVE_SCHEMA,
     reference=_additive,
-    implementations={"cpu": "rewriter.kernels.linear_attention.native:linear_attention"},
+    implementations={
+        "cpu": "rewriter.kernels.linear_attention.native:linear_attention",
+        "cuda": "rewriter.kernels.linear_attention.launch:linear_attention",
+    },
     decomposition=partial(_additive, dynamic=True),
     fake=_additive_fake,
     setup_context=_setup,

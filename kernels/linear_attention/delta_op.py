@@ -96,7 +96,7 @@ _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor? keep, Tensor? state,"
     " float scale, int chunk) -> (Tensor, Tensor)"
 )
-_setup, _backward = backward_of("delta_attention", _SCHEMA, _reference)
+_setup, _backward = backward_of("delta_attention", _SCHEMA, _reference, _cost)
 delta_attention: OpOverload = KernelSpec(
     name="delta_attention",
     schema=_SCHEMA,

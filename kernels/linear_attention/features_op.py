@@ -107,7 +107,7 @@ def _batched(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) 
 _SCHEMA = (
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? gain_weight, Tensor? gain_bias, str kind, float scale) -> Tensor"
 )
-_setup, _backward = backward_of("attention_features", _SCHEMA, lambda *arguments: (_features(*arguments),))
+_setup, _backward = backward_of("attention_features", _SCHEMA, lambda *arguments: (_features(*arguments),), _cost)
 attention_features: OpOverload = KernelSpec(
     name="attention_features",
     schema=_SCHEMA,

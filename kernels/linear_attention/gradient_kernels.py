@@ -79,7 +79,8 @@ def state_gradients_kernel(
             query = head * group + member
             at = (batch * heads * group + query) * q_length + rows
             q = tile(q_ptr + batch * q_b + query.to(tl.int64) * q_h, q_t, rows, valid, columns, features)
-            do = tile(do_ptr + batch * do_b + query.to(tl.int64) * do_h, do_t, rows, valid, value_columns, values).to(q.dtype)
+            do = tile(do_ptr + batch * do_b + query.to(tl.int64) * do_h, do_t, rows, valid, value_columns, values)
+            do = do.to(q.dtype)
             rho = tl.load(rho_ptr + at, mask=valid, other=0.0)
             omega = tl.load(omega_ptr + at, mask=valid, other=0.0)
             early = q.to(tl.float32)
@@ -160,7 +161,7 @@ def value_gradients_kernel(
 
 
 @triton.jit
-def key_gradients_kernel(
+def key_gradients_kernel(  # noqa: C901 - a branch for each form of decay
     q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, keep_ptr, rho_ptr, omega_ptr, states_ptr, zs_ptr, dstates_ptr, dzs_ptr,
     dq_ptr, dk_ptr, dg_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, g_b, g_h, g_t, keep_b,

@@ -132,7 +132,7 @@ _SCHEMA = (
     " Tensor? normaliser, float scale, int window, str block, int sinks, str anchor, bool with_state, int chunk)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_setup, _backward = backward_of("hybrid_attention", _SCHEMA, _reference)
+_setup, _backward = backward_of("hybrid_attention", _SCHEMA, _reference, _cost)
 hybrid_attention: OpOverload = KernelSpec(
     name="hybrid_attention",
     schema=_SCHEMA,

@@ -12,7 +12,7 @@ flash-linear-attention: the first is sequential but small, the second has all th
 Common to all: rows of a program are positions, columns features; a tensor is addressed by the strides of its batch,
 head and time (its last dimension is dense); state s is shared by ``group`` heads of q and takes its key from head
 s // k_share of k, likewise values and decays. Products are of the operands' dtype and summed in float32. DECAY is 0
-(none), 1 (a number per step; fixed ones have stride 0) or 2 (one per feature).
+(none), 1 (a number per step; fixed ones have stride 0), 2 (one per feature) or 3 (as 1, but padding decays too).
 """
 
 # mypy: ignore-errors
@@ -52,7 +52,7 @@ def store_tile(base, step, rows, row_mask, columns, width, x):
 @triton.jit
 def real_rows(keep_ptr, keep_row, rows, length):
     """Which positions exist and are no padding."""
-    real = rows < length
+    real = (rows >= 0) & (rows < length)
     if keep_ptr is not None:
         real = real & (tl.load(keep_ptr + keep_row + rows, mask=real, other=0) != 0)
     return real
@@ -104,13 +104,14 @@ def feature_pair_weights(running, seen):
 def states_kernel(
     k_ptr, v_ptr, g_ptr, keep_ptr, first_ptr, first_z_ptr, states_ptr, zs_ptr, last_ptr, last_z_ptr,
     k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, keep_b,
-    heads, length, chunks, features, values, k_share, v_share, g_share,
-    DECAY: tl.constexpr, CAUSAL: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+    heads, start, length, chunks, features, values, k_share, v_share, g_share,
+    DECAY: tl.constexpr, STORE: tl.constexpr, BF16: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S and z at the start of every chunk (``states [B, Hs, N, F, Dv]``, if CAUSAL) and after the last.
+    """S and z at the start of every chunk (``states [B, Hs, N, F, Dv]``, if STORE) and after the last.
 
-    Grid: (B · Hs, tiles of F, tiles of Dv).
+    The first chunk begins at row ``start``, which may be negative: there is nothing before row 0. With BF16 products
+    are of bfloat16 whatever the dtype of the features. Grid: (B · Hs, tiles of F, tiles of Dv).
     """
     row, batch, head = place(tl.program_id(0), heads)
     columns = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -127,19 +128,21 @@ def states_kernel(
         state += tile(first_ptr + row * size, values, columns, here, value_columns, values).to(tl.float32)
         z += tl.load(first_z_ptr + row * features + columns, mask=here, other=0.0).to(tl.float32)
     for n in range(0, chunks):
-        if CAUSAL:
+        if STORE:
             chunk = row * chunks + n
             store_tile(states_ptr + chunk * size, values, columns, here, value_columns, values, state)
             tl.store(zs_ptr + chunk * features + columns, z, mask=here & first_tile)
-        rows = n * BT + tl.arange(0, BT)
+        rows = start + n * BT + tl.arange(0, BT)
         real = real_rows(keep_ptr, batch * keep_b, rows, length)
         x = tile(k_ptr, k_t, rows, real, columns, features)
         # hook: prologue(x, rows, features)
         k = tl.where(real[:, None] & here[None, :], x, 0.0).to(k_ptr.dtype.element_ty)
+        if BF16:
+            k = k.to(tl.bfloat16)
         v = tile(v_ptr, v_t, rows, real, value_columns, values).to(k.dtype)
         late = k.to(tl.float32)
-        if DECAY == 1:
-            g = step_decays(g_ptr, g_t, rows, real)
+        if DECAY == 1 or DECAY == 3:
+            g = step_decays(g_ptr, g_t, rows, real if DECAY == 1 else rows < length)
             total = tl.sum(g, 0)
             late *= tl.exp(total - tl.cumsum(g, 0))[:, None]
             state *= tl.exp(total)
@@ -280,7 +283,8 @@ def recurrent_kernel(
         z += k
         for member in range(0, group):
             query = head * group + member
-            q = tl.load(q_ptr + batch * q_b + query.to(tl.int64) * q_h + t * q_t + at, mask=here, other=0.0).to(tl.float32) * scale
+            of_query = q_ptr + batch * q_b + query.to(tl.int64) * q_h
+            q = tl.load(of_query + t * q_t + at, mask=here, other=0.0).to(tl.float32) * scale
             acc = tl.sum(q[:, None] * state, 0)
             if NORMALISE:
                 weight = tl.sum(q * z, 0)

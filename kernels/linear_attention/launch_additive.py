@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
-from rewriter.kernels.linear_attention import additive, kernels, layout
+from rewriter.kernels.linear_attention import additive, kernels
 from rewriter.kernels.linear_attention.launch_common import (
     WIDEST_FEATURES,
     block,
@@ -161,9 +161,8 @@ def call(
     if log_decay is not None and log_decay.dim() > 1 and log_decay.dtype is torch.float64:
         raise Unsupported("float64 runs the reference")
     wide_q, wide_k, _ = operands(q, k, v)
-    return Call(
-        wide_q, wide_k, dense(v), log_decay, keep, state, normaliser, scale, causal, normalise == "sum", chunk
-    )
+    v = dense(v)
+    return Call(wide_q, wide_k, v, log_decay, keep, state, normaliser, scale, causal, normalise == "sum", chunk)
 
 
 def step(x: Call, out: Tensor, last: Tensor, last_z: Tensor) -> None:
@@ -180,13 +179,15 @@ def states_of(x: Call, last: Tensor, last_z: Tensor) -> tuple[Tensor, Tensor]:
     """The states at the start of every chunk, and after the last into ``last``; without causality that one only."""
     batch, features, values = x.sizes
     states, zs = x.kept()
-    more = {"states_ptr": states, "zs_ptr": zs, "last_ptr": last, "last_z_ptr": last_z}
+    more = {"states_ptr": states, "zs_ptr": zs, "last_ptr": last, "last_z_ptr": last_z, "start": 0}
     rows = batch * x.heads
     x.start(
         kernels.states_kernel,
         lambda c: (rows, triton.cdiv(features, c["BF"]), triton.cdiv(values, c["BV"])),
         tiles(x),
         **more,
+        STORE=x.causal,
+        BF16=False,
     )
     return (states, zs) if x.causal else (last, last_z)
 
@@ -204,12 +205,12 @@ def outputs_of(x: Call, states: Tensor, zs: Tensor, out: Tensor, weight: Tensor 
     )
 
 
-def tiles(x: Call, warps: int = 4) -> list[Config]:
-    """Tiles of features and values: 64 × 64 where products are narrow, half of each in float32."""
+def tiles(x: Call, warps: int = 4, stages: int = 2, most_values: int = 64) -> list[Config]:
+    """Tiles of features and values: up to 64 × 64 where products are narrow, half of each in float32."""
     _, features, values = x.sizes
     most = 32 if x.wide else 64
-    features, values = block(features, 16 if x.decay.form == 2 else most), block(values, most)
-    return [Config({"BF": features, "BV": values}, num_warps=warps)]
+    sizes = {"BF": block(features, 16 if x.decay.form == 2 else most), "BV": block(values, min(most, most_values))}
+    return [Config(sizes, num_warps=warps, num_stages=stages)]
 
 
 def example(

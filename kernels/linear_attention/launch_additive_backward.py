@@ -68,10 +68,11 @@ def _state_gradients(
     """dS and dz at the end of every chunk, and before the first one into ``first``; without causality those only."""
     batch, features, values = x.sizes
     dstates, dzs = x.kept()
+    configs = tiles(x, warps=8, stages=1) if x.wide else tiles(x)
     x.start(
         gradient_kernels.state_gradients_kernel,
         lambda c: (batch * x.heads, triton.cdiv(features, c["BF"]), triton.cdiv(values, c["BV"])),
-        tiles(x),
+        configs,
         **more,
         dlast_ptr=grads[0].float().contiguous(),
         dlast_z_ptr=grads[1].float().contiguous(),
@@ -88,10 +89,11 @@ def _state_gradients(
 def _value_gradients(x: Call, more: dict[str, Any], dstates: Tensor) -> Tensor:
     batch, length, values = x.sizes[0], x.k.shape[2], x.sizes[2]
     dv = x.v.new_empty((batch, x.heads, length, values), dtype=_summand(x, x.v))
+    narrow = not x.wide and x.decay.form < 2
     x.start(
         gradient_kernels.value_gradients_kernel,
         lambda c: (batch * x.heads, x.chunks, triton.cdiv(values, c["BV"])),
-        tiles(x, warps=8),
+        tiles(x, warps=8) if narrow else tiles(x, stages=1),
         **more,
         dstates_ptr=dstates,
         dv_ptr=dv,
@@ -104,7 +106,7 @@ def _key_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of q, k and the decay."""
     (batch, features, _), length, q_length = x.sizes, x.k.shape[2], x.q.shape[2]
-    [config] = configs = tiles(x, warps=8)
+    [config] = configs = tiles(x, warps=8, stages=1, most_values=32)
     parts = triton.cdiv(features, config.constants["BF"])
     dq = x.q.new_empty((*x.q.shape[:3], features))
     dk = x.k.new_empty((batch, x.heads, length, features), dtype=_summand(x, x.k))
@@ -152,7 +154,7 @@ def _summand(x: Call, of: Tensor) -> torch.dtype:
 def _example(*arguments: Any) -> tuple[Any, ...]:
     """A call that wants all gradients, on the meta device."""
     inputs = example(*arguments)
-    q, k, v, log_decay, _, state, normaliser, *_ = inputs
+    q, _, v, _, _, state, normaliser, *_ = inputs
     grads = [q.new_empty((*q.shape[:3], v.shape[3])), state, normaliser]
     return grads, *inputs, [isinstance(a, Tensor) and a.is_floating_point() for a in inputs]
 

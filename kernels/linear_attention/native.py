@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rewriter.kernels.launching import Unsupported
 from rewriter.kernels.linear_attention import additive, additive_op, features_op, hybrid_op, layout
 from rewriter.kernels.linear_attention.feature_maps import LARGEST
 from rewriter.kernels.linear_attention.sequence import Inputs, Past, Setting, features, nothing, state_heads
-from rewriter.kernels.native import library
+from rewriter.kernels.native import FLAGS, library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KINDS = {kind: number for number, kind in enumerate(features_op.KINDS)}
@@ -99,8 +100,11 @@ class _Arguments:
         _function("attention.cpp", "windowed_linear_attention")(ctypes.byref(self.call))
 
 
+@cache
 def _function(source: str, name: str) -> Any:
-    return getattr(library(Path(__file__).with_name(source), "-ffp-contract=fast"), name)
+    """A function of one pointer."""
+    path = Path(__file__).with_name(source)
+    return getattr(library(path, {}, {name: (ctypes.c_void_p,)}, (*FLAGS, "-fopenmp")), name)
 
 
 def linear_attention(*arguments: Any) -> additive.Outputs:

@@ -3,12 +3,13 @@
 
 The forward saves its inputs only; the backward runs the reference again and differentiates it, so that what lives
 between the two is the inputs. It is an operator of its own, ``rewriter::<name>_backward``: a compiler that traces the
-backward sees one node of known shapes and no loop over chunks. It has no derivative itself.
+backward sees one node of known shapes and no loop over chunks, and a device may have kernels for it. It has no
+derivative itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import OpOverload
 
-from rewriter.kernels.spec import NAMESPACE
+from rewriter.kernels.spec import NAMESPACE, Cost, KernelSpec
 
 _AUTOGRAD_KEYS = (
     DispatchKey.AutogradFunctionality,
@@ -29,7 +30,11 @@ _AUTOGRAD_KEYS = (
 
 
 def backward_of(
-    name: str, schema: str, reference: Callable[..., Sequence[Tensor]]
+    name: str,
+    schema: str,
+    reference: Callable[..., Sequence[Tensor]],
+    cost: Callable[..., Cost],
+    implementations: Mapping[str, str] | None = None,
 ) -> tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]:
     """Register ``<name>_backward``; returns ``setup_context`` and ``backward`` for the `KernelSpec`.
 
@@ -37,19 +42,20 @@ def backward_of(
         name: of the operator, without namespace.
         schema: its schema without the name; every result a tensor.
         reference: its implementation in differentiable aten.
+        cost: of the operator; its gradient is counted as three times that, the forward again and two products for each.
+        implementations: of the gradient, as in `KernelSpec`: ``(grads, *inputs, needs)`` to the list of gradients of
+            the inputs that need one.
     """
     arguments = torch._C.parse_schema(f"{NAMESPACE}::{name}{schema}").arguments
     is_tensor = ["Tensor" in str(a.type) for a in arguments]
-    operator = torch.library.custom_op(
-        f"{NAMESPACE}::{name}_backward",
-        lambda grads, *rest: _recompute(reference, grads, *rest),
-        mutates_args=(),
+    overload = KernelSpec(
+        name=f"{name}_backward",
         schema=f"(Tensor[] grads, {schema[1 : schema.index(') ->')]}, bool[] needs) -> Tensor[]",
-    )
-    operator.register_fake(
-        lambda grads, *rest: [x.new_empty(x.shape) for x, n in zip(rest[:-1], rest[-1], strict=True) if n]
-    )
-    overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
+        reference=lambda grads, *rest: _recompute(reference, grads, *rest),
+        fake=lambda grads, *rest: [x.new_empty(x.shape) for x, n in zip(rest[:-1], rest[-1], strict=True) if n],
+        cost=lambda grads, *rest: _times(3, cost(*rest[:-1])),
+        implementations=implementations or {},
+    ).register()
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*(x for x, t in zip(inputs, is_tensor, strict=True) if t))
@@ -65,6 +71,10 @@ def backward_of(
         return tuple(next(found) if n else None for n in needs)
 
     return setup_context, backward
+
+
+def _times(n: int, cost: Cost) -> Cost:
+    return Cost(n * cost.flops, n * cost.bytes_read, n * cost.bytes_written)
 
 
 def _recompute(reference: Callable[..., Sequence[Tensor]], grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:

@@ -147,6 +147,7 @@ static inline Ints words(const uint8_t* from) {
     typedef uint16_t Shorts __attribute__((vector_size(32)));
     if constexpr (BYTES == 1) return __builtin_convertvector(load<Bytes16>(from), Ints);
     if constexpr (BYTES == 2) return __builtin_convertvector(load<Shorts>(from), Ints);
+    if constexpr (BYTES == 4) return load<Ints>(from);
     uint32_t wide[LANES] = {};
     for (int l = 0; l < LANES; l++) memcpy(&wide[l], from + l * BYTES, BYTES);
     return load<Ints>(wide);

@@ -8,104 +8,18 @@ One row of x is memory traffic alone: `matvec`, or `lookup_matvec` for binary ba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
-from rewriter.kernels.shift_add import reference
+from rewriter.kernels.launching import Config, Shipped, launch, precision
+from rewriter.kernels.shift_add import codec, launch_gradients, reference
 from rewriter.kernels.shift_add.kernels import lookup_matvec, matmul, matvec
+from rewriter.kernels.shift_add.launch_common import OCTET, Weight, bcq, level, meta, pot, refuse_float64, unit_stride
 
-OCTET = 8  # features that share a byte of a plane
 SMALL_BATCH = 16
 LOOKUP_BITS = 2  # from here on building the tables of sums costs less than they save
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A packed weight as the kernels take it.
-
-    Attributes:
-        format: "bcq", "pot" or "level".
-        codes: uint8, contiguous.
-        scale: floating, contiguous.
-        table: packed exponents (bcq; None: a scale per basis), levels (level), None (pot).
-        bits: bases, or bits of a code word.
-        terms: powers of two per word; 1 where that means nothing.
-        group: width of a group, at most ``in_features``.
-    """
-
-    format: str
-    codes: Tensor
-    scale: Tensor
-    table: Tensor | None
-    bits: int
-    terms: int
-    group: int
-    in_features: int
-
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def pointers(self) -> dict[str, Any]:
-        return {"codes_ptr": self.codes, "scale_ptr": self.scale, "table_ptr": self.table}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {
-            "out_features": self.out_features, "in_features": self.in_features, "row_bytes": self.codes.shape[-1],
-            "groups": self.scale.shape[1],
-        }  # fmt: skip
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        return {"FORMAT": self.format, "BITS": self.bits, "TERMS": self.terms, "GROUP": self.group}
-
-    @property
-    def crosses_bytes(self) -> bool:
-        """Whether code words lie across bytes."""
-        return self.format != "bcq" and OCTET % self.bits != 0
-
-    def share(self, block: int) -> str:
-        """What is known to have one scale: a tile of ``block`` features, eight of them, or only each weight itself."""
-        if self.group >= self.in_features or self.group % block == 0:
-            return "tile"
-        return "weight" if self.group % OCTET else "octet"
-
-
-def bcq(codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, in_features: int) -> Weight:
-    """A `Weight` of binary bases, checked."""
-    reference.check_bcq(codes, scale, shift, group, in_features)
-    return _weight("bcq", codes, scale, shift, codes.shape[1], 1, group, in_features)
-
-
-def pot(codes: Tensor, scale: Tensor, bits: int, terms: int, group: int, in_features: int) -> Weight:
-    """A `Weight` of sums of powers of two, checked."""
-    reference.check_pot(codes, scale, bits, terms, group, in_features)
-    return _weight("pot", codes, scale, None, bits, terms, group, in_features)
-
-
-def level(codes: Tensor, scale: Tensor, levels: Tensor, bits: int, group: int, in_features: int) -> Weight:
-    """A `Weight` of indices into a table, checked."""
-    reference.check_levels(codes, scale, levels, bits, group, in_features)
-    return _weight("level", codes, scale, levels, bits, 1, group, in_features)
-
-
-def _weight(
-    format: str, codes: Tensor, scale: Tensor, table: Tensor | None, bits: int, terms: int, group: int, width: int
-) -> Weight:
-    refuse_float64(scale, table)
-    table = None if table is None else table.contiguous()
-    return Weight(format, codes.contiguous(), scale.contiguous(), table, bits, terms, min(group, width), width)
-
-
-def refuse_float64(*tensors: Tensor | None) -> None:
-    if any(t is not None and t.dtype is torch.float64 for t in tensors):
-        raise Unsupported("float64 is computed by the reference")
 
 
 # ---------------------------------------------------------------------------------------------------------- y = x Wᵀ + b
@@ -157,16 +71,11 @@ def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return out.reshape(*x.shape[:-1], weight.out_features)
 
 
-def unit_stride(rows: Tensor) -> Tensor:
-    """``[n, in]`` with neighbours along ``in`` beside each other; rows may lie anywhere."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def _matmul(args: Mapping[str, Any], weight: Weight, rows: Tensor) -> None:
     count = rows.shape[0]
     launch(
         matmul,
-        lambda c: (ceil_div(weight.out_features, c["BN"]), ceil_div(count, c["BM"])),
+        lambda c: (codec.ceil_div(weight.out_features, c["BN"]), codec.ceil_div(count, c["BM"])),
         {**args, "count": count},
         {**weight.layout, "PRECISION": precision(rows.dtype)},
         [
@@ -195,7 +104,7 @@ def _tiles(count: int, dtype: torch.dtype, weight: Weight) -> Sequence[tuple[int
 def _matvec(args: Mapping[str, Any], weight: Weight) -> None:
     launch(
         matvec,
-        lambda c: (ceil_div(weight.out_features, c["BN"]), args["x_ptr"].shape[0]),
+        lambda c: (codec.ceil_div(weight.out_features, c["BN"]), args["x_ptr"].shape[0]),
         args,
         weight.layout,
         [Config({"BN": bn, "BK": bk, "SHARE": weight.share(bk), "STAGES": 4}) for bn, bk in ((8, 512), (16, 256))],
@@ -205,15 +114,11 @@ def _matvec(args: Mapping[str, Any], weight: Weight) -> None:
 def _lookup_matvec(args: Mapping[str, Any], weight: Weight) -> None:
     launch(
         lookup_matvec,
-        lambda c: (ceil_div(weight.out_features, c["BN"]), args["x_ptr"].shape[0]),
+        lambda c: (codec.ceil_div(weight.out_features, c["BN"]), args["x_ptr"].shape[0]),
         args,
         {"BITS": weight.bits, "GROUP": weight.group},
         [Config({"BN": bn, "BK": bk, "STAGES": 4}) for bn, bk in ((32, 128), (32, 256))],
     )
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 # -------------------------------------------------------------------------------------------- what is compiled beforehand
@@ -222,7 +127,7 @@ def ceil_div(a: int, b: int) -> int:
 def _bcq_case(count: int, dtype: torch.dtype, bits: int = 4, shifted: bool = True, size: int = 4096) -> Sequence[Any]:
     groups = size // 128
     scale = meta((size, groups) if shifted else (size, groups, bits), torch.float16)
-    shift = meta((size, groups, ceil_div(bits, 2)), torch.uint8) if shifted else None
+    shift = meta((size, groups, codec.ceil_div(bits, 2)), torch.uint8) if shifted else None
     codes = meta((size, bits, size // 8), torch.uint8)
     return meta((count, size), dtype), codes, scale, shift, meta((size,), dtype), 128, size
 
@@ -235,10 +140,6 @@ def _pot_case(count: int, dtype: torch.dtype, bits: int = 4, terms: int = 1, siz
 def _level_case(count: int, dtype: torch.dtype, bits: int = 4, size: int = 4096) -> Sequence[Any]:
     codes, scale = meta((size, size * bits // 8), torch.uint8), meta((size, size // 128), torch.float16)
     return meta((count, size), dtype), codes, scale, meta((1 << bits,), torch.float32), None, bits, 128, size
-
-
-def meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -257,4 +158,5 @@ SHIPPED: tuple[Shipped, ...] = (
     Shipped("level 4 bits, 1 row, bf16", level_linear, lambda: _level_case(1, BF16), "none"),
     Shipped("level 3 bits, 8 rows, fp16", level_linear, lambda: _level_case(8, FP16, 3), "mma"),
     Shipped("level 4 bits, 4096 rows, bf16", level_linear, lambda: _level_case(4096, BF16)),
+    *launch_gradients.SHIPPED,
 )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
-from rewriter.kernels.shift_add import codec, reference
+from rewriter.kernels.shift_add import codec, gradients, reference
 from rewriter.kernels.shift_add.shared import (
     Gradients,
     batching_rule,
@@ -59,14 +59,16 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> Gradients:
     x, codes, scale, levels = ctx.saved_tensors
-    layout = (ctx.bits, ctx.group, ctx.in_features)
-    dtype = codec.compute_dtype(x, scale, levels)
-    grad_x = grad_scale = grad_levels = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ codec.decode_levels(codes, scale, levels, *layout, dtype).to(x.dtype)
-    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-        dense = weight_gradient(grad, x, dtype)
-        by_scale, by_level = reference.level_gradients(dense, codes, scale, levels, *layout)
+    weight = (codes, scale, levels, ctx.bits, ctx.group, ctx.in_features)
+    needs_x, _, needs_scale, needs_levels, *_ = ctx.needs_input_grad
+    grad_x = gradients.compute(gradients.level_x, grad, *weight) if needs_x else None
+    grad_scale = grad_levels = None
+    if gradients.on_gpu(grad):
+        grad_scale = gradients.level_scale(grad, x, *weight) if needs_scale else None
+        grad_levels = gradients.level_levels(grad, x, *weight) if needs_levels else None
+    elif needs_scale or needs_levels:  # both from one ∂W
+        dense = weight_gradient(grad, x, codec.compute_dtype(x, scale, levels))
+        by_scale, by_level = reference.level_gradients(dense, *weight)
         grad_scale, grad_levels = by_scale.to(scale.dtype), by_level.to(levels.dtype)
     return grad_x, None, grad_scale, grad_levels, bias_gradient(ctx, grad, 4), None, None, None
 
@@ -118,7 +120,10 @@ level_linear: OpOverload = KernelSpec(
     vmap=batching_rule(lambda: level_linear),
     cost=_linear_cost,
     autocast=("x",),
-    implementations={"cuda": "rewriter.kernels.shift_add.launch:level_linear"},
+    implementations={
+        "cpu": "rewriter.kernels.shift_add.native:level_linear",
+        "cuda": "rewriter.kernels.shift_add.launch:level_linear",
+    },
 ).register()
 
 level_embedding: OpOverload = KernelSpec(

@@ -1,44 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ShiftAdd layers on the CPU, from packed codes: decoded in registers, or piece by piece into the cache.
+"""The ShiftAdd layers on the CPU, from packed codes as they are stored: nothing of a weight is kept in another form.
 
-``y = x Wᵀ + b``. A few rows of x are bound by the bytes of W: the packed weight is read once, each weight is decoded
-in registers and multiplied at once (``bcq.cpp``). Many rows are bound by arithmetic: some rows of W at a time are
-decoded to dense, still in cache when torch's own product reads them. Sums are float32 in both.
+Here formats become a `products.Weight`: the code that decodes them (``bcq.cpp``, ``levels.cpp``, compiled for one
+format at a time) and the tensors it reads. How that is multiplied is in `products`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import native
 from rewriter.kernels.launching import Unsupported
-from rewriter.kernels.shift_add import codec, reference
+from rewriter.kernels.shift_add import codec, products, reference
+from rewriter.kernels.shift_add.products import BLOCK, LANES, Weight
 
 _HERE = Path(__file__).parent
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
-BLOCK = 128  # columns that are decoded together; those of linear.h
-TILE = 8  # rows of x a weight is decoded for, at most
-PIECE = 1 << 20  # weights decoded at a time: 4 MiB of float32
-GRAIN = 1 << 17  # products worth a thread: some 5 µs
-# Rows of x from which decoding to dense is faster.
-MANY = 48
+Like = tuple[torch.Size, torch.dtype]
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Type` of lanes.h
 
-_WEIGHT = [_POINTER] * 4 + [_INT] + [_LONG] * 3
-_BCQ = {
-    "multiply": [*_WEIGHT, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT],
-    "decode": [*_WEIGHT, _POINTER, _LONG, _LONG, _INT],
-    "order": [_POINTER, _POINTER, _LONG, _LONG, _INT],
-}
+@dataclass(frozen=True)
+class Build:
+    """The library compiled for a format, and the map of groups that it asks for (int32), if any."""
+
+    library: ctypes.CDLL
+    group_of: Tensor | None
 
 
 def bcq_linear(
@@ -56,94 +48,163 @@ def bcq_linear(
         ValueError: arguments that do not fit together, as the reference.
         Unsupported: another dtype, or no compiler.
     """
-    reference.check_bcq(codes, scale, shift, group, in_features)
-    reference.check_linear(x, bias, codes.shape[0], in_features)
-    _check_types(x, scale, bias)
-    bits, parts = codes.shape[1], tables_per_block(group, in_features)
-    first = None
-    if parts == 0:
-        scale, shift = codec.bcq_alpha(scale, shift, bits, torch.float32), None
-        first = _scale_positions(group, in_features, bits)
-    library = _bcq(bits, parts, shift is not None)
-    kept = [None if t is None else t.contiguous() for t in (codes, scale, shift, first)]
-    weight = (*map(native.address, kept), TYPES[scale.dtype], codes.shape[0], in_features, group)
-    return _linear(library, weight, x, bias, codes.shape[0])
+    likes = like(x), like(codes), like(scale), maybe_like(shift), maybe_like(bias)
+    build = _bcq(*likes, group, in_features)
+    if build.group_of is not None:  # groups on no border of lanes: scales of their own for every basis
+        scale, shift = codec.bcq_alpha(scale, shift, codes.shape[1], torch.float32), None
+    kept = None if shift is None else shift.contiguous()
+    tensors = codes.contiguous(), scale.contiguous(), kept, build.group_of
+    return products.linear(x, Weight(build.library, tensors, codes.shape[0], in_features, group), bias)
+
+
+def pot_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    terms: int,
+    group: int,
+    in_features: int,
+) -> Tensor:
+    """`reference.pot_linear` for float32, float16 and bfloat16; raises as `bcq_linear`."""
+    build = _pot(like(x), like(codes), like(scale), maybe_like(bias), bits, terms, group, in_features)
+    return _stream(build, x, codes, scale, _pot_table(bits, terms), bias, group, in_features)
+
+
+def level_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    in_features: int,
+) -> Tensor:
+    """`reference.level_linear` for float32, float16 and bfloat16; raises as `bcq_linear`."""
+    likes = like(x), like(codes), like(scale), like(levels), maybe_like(bias)
+    build = _level(*likes, bits, group, in_features)
+    return _stream(build, x, codes, scale, _repeated(levels), bias, group, in_features)
+
+
+def _stream(
+    build: Build,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    group: int,
+    in_features: int,
+) -> Tensor:
+    if build.group_of is not None and build.group_of.dim() == 3:  # a scale for every lane is fetched as float32
+        scale = scale.to(torch.float32)
+    tensors = codes.contiguous(), scale.contiguous(), table, build.group_of
+    return products.linear(x, Weight(build.library, tensors, codes.shape[0], in_features, group), bias)
+
+
+# ---------------------------------------------------------------------------------- checked and built once per signature
+
+
+def like(tensor: Tensor) -> Like:
+    """What a build and the checks depend on."""
+    return tensor.shape, tensor.dtype
+
+
+def maybe_like(tensor: Tensor | None) -> Like | None:
+    return None if tensor is None else like(tensor)
+
+
+def _stand_in(signature: Like) -> Tensor:
+    return torch.empty(signature[0], dtype=signature[1], device="meta")
+
+
+def _maybe(signature: Like | None) -> Tensor | None:
+    return None if signature is None else _stand_in(signature)
+
+
+def _check_dtypes(*signatures: Like | None) -> None:
+    for signature in signatures:
+        if signature is not None and signature[1] not in products.TYPES:
+            raise Unsupported(f"{signature[1]}: native kernels compute in float32")
+
+
+@lru_cache(maxsize=4096)
+def _bcq(
+    x: Like, codes: Like, scale: Like, shift: Like | None, bias: Like | None, group: int, in_features: int
+) -> Build:
+    reference.check_bcq(_stand_in(codes), _stand_in(scale), _maybe(shift), group, in_features)
+    reference.check_linear(_stand_in(x), _maybe(bias), codes[0][0], in_features)
+    _check_dtypes(x, scale, bias)
+    parts = tables_per_block(group, in_features)
+    shared = shift is not None and parts > 0
+    library = _library("bcq.cpp", BITS=codes[0][1], PARTS=parts, SHARED=int(shared))
+    k, lane = torch.arange(BLOCK // LANES).unsqueeze(-1), torch.arange(LANES)
+    place = 64 * (k % 2) + 4 * lane + k // 2
+    return Build(library, None if parts else _group_of(place, group, in_features) * codes[0][1])
+
+
+@lru_cache(maxsize=4096)
+def _pot(
+    x: Like, codes: Like, scale: Like, bias: Like | None, bits: int, terms: int, group: int, in_features: int
+) -> Build:
+    reference.check_pot(_stand_in(codes), _stand_in(scale), bits, terms, group, in_features)
+    reference.check_linear(_stand_in(x), _maybe(bias), codes[0][0], in_features)
+    _check_dtypes(x, scale, bias)
+    return _of_stream(bits, group, in_features)
+
+
+@lru_cache(maxsize=4096)
+def _level(
+    x: Like, codes: Like, scale: Like, levels: Like, bias: Like | None, bits: int, group: int, in_features: int
+) -> Build:
+    reference.check_levels(_stand_in(codes), _stand_in(scale), _stand_in(levels), bits, group, in_features)
+    reference.check_linear(_stand_in(x), _maybe(bias), codes[0][0], in_features)
+    _check_dtypes(x, scale, levels, bias)
+    return _of_stream(bits, group, in_features)
+
+
+def _of_stream(bits: int, group: int, in_features: int) -> Build:
+    span = weights_per_scale(group, in_features)
+    library = _library("levels.cpp", BITS=bits, SPAN=span)
+    if span == BLOCK:
+        return Build(library, None)
+    lane = 8 * torch.arange(LANES)
+    place = lane if span == 8 else torch.arange(8).unsqueeze(-1) + lane
+    return Build(library, _group_of(place, group, in_features))
 
 
 def tables_per_block(group: int, in_features: int) -> int:
-    """Groups in 128 columns: 1 (or part of one), 2 or 4; 0 where groups do not fall on such borders."""
+    """Groups in 128 columns: 1 (or part of one), 2 or 4; 0 where groups do not end on such borders."""
     if group >= in_features or group % BLOCK == 0:
         return 1
     return next((parts for parts in (2, 4) if group % (BLOCK // parts) == 0), 0)
 
 
+def weights_per_scale(group: int, in_features: int) -> int:
+    """Of consecutive columns surely under one scale: a block (128), eight, or one."""
+    if group >= in_features or group % BLOCK == 0:
+        return BLOCK
+    return 8 if group % 8 == 0 else 1
+
+
+def _group_of(place: Tensor, group: int, in_features: int) -> Tensor:
+    """The group of the column at each place of each block; past the end, that of the last column."""
+    start = torch.arange(0, in_features, BLOCK).view(-1, *[1] * place.dim())
+    return ((start + place).clamp(max=in_features - 1) // group).to(torch.int32)
+
+
+def _library(source: str, **macros: int) -> ctypes.CDLL:
+    return native.library(_HERE / source, macros, products.FUNCTIONS)
+
+
 @cache
-def _bcq(bits: int, parts: int, shared: bool) -> ctypes.CDLL:
-    macros = {"BITS": bits, "PARTS": parts, "SHARED": int(shared)}
-    return native.library(_HERE / "bcq.cpp", macros, _BCQ)
+def _pot_table(bits: int, terms: int) -> Tensor:
+    return _repeated(codec.pot_values(torch.arange(1 << bits, dtype=torch.int32), bits, terms, torch.float32))
 
 
-@lru_cache(maxsize=64)
-def _scale_positions(group: int, in_features: int, bits: int) -> Tensor:
-    """Where the scales of each weight begin in its row, int32 by block, vector and lane (`place` of ``bcq.cpp``)."""
-    k, lane = torch.arange(8).unsqueeze(-1), torch.arange(16)
-    place = 64 * (k % 2) + 4 * lane + k // 2
-    start = torch.arange(0, in_features, BLOCK).view(-1, 1, 1)
-    return ((start + place).clamp(max=in_features - 1) // group * bits).to(torch.int32).contiguous()
-
-
-# ---------------------------------------------------------------------------------- any packed weight
-
-
-def _check_types(*tensors: Tensor | None) -> None:
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in TYPES:
-            raise Unsupported(f"{tensor.dtype}: native kernels compute in float32")
-
-
-Weight = tuple[int | None, ...]
-
-
-def _linear(library: ctypes.CDLL, weight: Weight, x: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    if not rows.numel() or not out:
-        return x.new_zeros((*x.shape[:-1], out))
-    compute: Callable[..., Tensor] = _multiplied if rows.shape[0] < MANY else _through_dense
-    return compute(library, weight, rows, bias, out).to(x.dtype).view(*x.shape[:-1], out)
-
-
-def _multiplied(library: ctypes.CDLL, weight: Weight, rows: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    """Each weight decoded once per tile of rows; float32."""
-    batch, width = rows.shape
-    tile = min(TILE, 1 << (batch - 1).bit_length())
-    rows = rows.to(torch.float32).contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    scratch = rows.new_empty(codec.ceil_div(batch, tile) * tile * _padded(width))
-    result = rows.new_empty((batch, out))
-    threads = native.threads(out * width * codec.ceil_div(batch, tile), GRAIN)
-    tensors = map(native.address, (rows, scratch, bias, result))
-    library.multiply(*weight, *tensors, batch, tile, threads)
-    return result
-
-
-def _through_dense(library: ctypes.CDLL, weight: Weight, rows: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    """Some rows of W at a time, decoded and rounded to the dtype of the activations; columns in the order of lanes."""
-    batch, width = rows.shape
-    threads, step = torch.get_num_threads(), max(1, PIECE // _padded(width))
-    wide = rows.to(torch.float32).contiguous()
-    ordered = wide.new_empty((batch, _padded(width)))
-    library.order(native.address(wide), native.address(ordered), batch, width, threads)
-    ordered = ordered.to(rows.dtype)
-    bias = None if bias is None else bias.to(rows.dtype)
-    dense = wide.new_empty((min(step, out), _padded(width)))
-    result = rows.new_empty((batch, out))
-    for begin in range(0, out, step):
-        end = min(begin + step, out)
-        library.decode(*weight, native.address(dense), begin, end, threads)
-        piece = dense[: end - begin].to(rows.dtype)
-        result[:, begin:end] = F.linear(ordered, piece, None if bias is None else bias[begin:end])
-    return result
-
-
-def _padded(width: int) -> int:
-    return codec.ceil_div(width, BLOCK) * BLOCK
+def _repeated(levels: Tensor) -> Tensor:
+    """float32, and sixteen at least: a lookup in a vector takes four bits, of which the lower count."""
+    wide = levels.to(torch.float32).contiguous()
+    return wide if len(wide) >= LANES else wide.repeat(LANES // len(wide))

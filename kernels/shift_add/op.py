@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
-from rewriter.kernels.shift_add import codec, reference
+from rewriter.kernels.shift_add import gradients, reference
 from rewriter.kernels.shift_add.levels import level_embedding as level_embedding
 from rewriter.kernels.shift_add.levels import level_linear as level_linear
 from rewriter.kernels.shift_add.shared import (
@@ -26,7 +26,6 @@ from rewriter.kernels.shift_add.shared import (
     linear_cost,
     row_gradients,
     scatter_rows,
-    weight_gradient,
 )
 from rewriter.kernels.spec import Cost, KernelSpec
 
@@ -89,14 +88,9 @@ def _save_bcq_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _bcq_linear_backward(ctx: Any, grad: Tensor) -> Gradients:
     x, codes, scale, shift = ctx.saved_tensors
-    dtype = codec.compute_dtype(x, scale)
-    grad_x = grad_scale = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ codec.decode_bcq(codes, scale, shift, ctx.group, ctx.in_features, dtype).to(x.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_weight = weight_gradient(grad, x, dtype)
-        alpha = reference.bcq_scale_gradient(grad_weight, codes, shift, ctx.group, ctx.in_features)
-        grad_scale = alpha.to(scale.dtype)
+    weight = (codes, scale, shift, ctx.group, ctx.in_features)
+    grad_x = gradients.compute(gradients.bcq_x, grad, *weight) if ctx.needs_input_grad[0] else None
+    grad_scale = gradients.compute(gradients.bcq_scale, grad, x, *weight) if ctx.needs_input_grad[2] else None
     return grad_x, None, grad_scale, None, bias_gradient(ctx, grad, 4), None, None
 
 
@@ -108,14 +102,9 @@ def _save_pot_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _pot_linear_backward(ctx: Any, grad: Tensor) -> Gradients:
     x, codes, scale = ctx.saved_tensors
-    layout = (ctx.bits, ctx.terms, ctx.group, ctx.in_features)
-    dtype = codec.compute_dtype(x, scale)
-    grad_x = grad_scale = None
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ codec.decode_pot(codes, scale, *layout, dtype).to(x.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_weight = weight_gradient(grad, x, dtype)
-        grad_scale = reference.pot_scale_gradient(grad_weight, codes, *layout).to(scale.dtype)
+    weight = (codes, scale, ctx.bits, ctx.terms, ctx.group, ctx.in_features)
+    grad_x = gradients.compute(gradients.pot_x, grad, *weight) if ctx.needs_input_grad[0] else None
+    grad_scale = gradients.compute(gradients.pot_scale, grad, x, *weight) if ctx.needs_input_grad[2] else None
     return grad_x, None, grad_scale, bias_gradient(ctx, grad, 3), None, None, None, None
 
 
@@ -231,7 +220,10 @@ pot_linear: OpOverload = KernelSpec(
     vmap=batching_rule(lambda: pot_linear),
     cost=_pot_linear_cost,
     autocast=("x",),
-    implementations={"cuda": "rewriter.kernels.shift_add.launch:pot_linear"},
+    implementations={
+        "cpu": "rewriter.kernels.shift_add.native:pot_linear",
+        "cuda": "rewriter.kernels.shift_add.launch:pot_linear",
+    },
 ).register()
 
 pot_embedding: OpOverload = KernelSpec(

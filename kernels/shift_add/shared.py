@@ -57,7 +57,8 @@ def batching_rule(overload: Callable[[], OpOverload]) -> Callable[..., tuple[Ten
     return rule
 
 
-def _size(*tensors: Tensor | None) -> int:
+def size(*tensors: Tensor | None) -> int:
+    """Bytes of the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -65,11 +66,11 @@ def linear_cost(x: Tensor, out_features: int, decode_flops: int, *read: Tensor |
     """Work of one dense layer plus the decoding of its weight; bytes as packed."""
     tokens = x.numel() // x.shape[-1]
     flops = 2 * tokens * out_features * x.shape[-1] + decode_flops
-    return Cost(flops, _size(x, *read), tokens * out_features * x.element_size())
+    return Cost(flops, size(x, *read), tokens * out_features * x.element_size())
 
 
 def embedding_cost(ids: Tensor, flops_per_weight: int, in_features: int, scale: Tensor, *tables: Tensor | None) -> Cost:
     """Only the rows asked for are read."""
     rows = scale.shape[0]
-    read = _size(ids) + ids.numel() * (_size(scale, *tables) // rows if rows else 0)
+    read = size(ids) + ids.numel() * (size(scale, *tables) // rows if rows else 0)
     return Cost(flops_per_weight * ids.numel() * in_features, read, ids.numel() * in_features * scale.element_size())

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rewriter.kernels.tversky.reference import Model, empty, gate, parts, root
+from rewriter.kernels.tversky.reference import Model, compute_dtype, empty, gate, parts, root, scores
 
 Pair = tuple[Tensor, Tensor]
 
@@ -61,6 +61,65 @@ def branch(model: Model, z: Tensor, b: Tensor, grad: Tensor) -> Gradients:
         u, v = u + du, v + dv
     alpha, beta = (None if only is None else to_whole * only for only in (only_a, only_b))
     return Gradients(u * gate(z), v * gate(b), theta, alpha, beta)
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    theta: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    negative: Tensor | None,
+    bias: Tensor | None,
+    intersection: str,
+    convention: str,
+    difference: str,
+    form: str,
+    mirrored: bool,
+    projected: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of the eight tensors in their dtypes; empty for one that is not given or not used (θ in a ratio)."""
+    dtype = compute_dtype(x)
+    wide = grad.to(dtype)
+    z, b = scores(x, features, prototypes, mirrored, projected, dtype)
+    model = Model.of((theta, alpha, beta), (intersection, convention, difference, form), dtype)
+    found, to_negative = with_negative(model, z, b, None if negative is None else negative.to(dtype), wide)
+    to_z, to_b = (_unmirror(found.z), _unmirror(found.b)) if mirrored else (found.z, found.b)
+    bank, flat = features.to(dtype), to_z.reshape(-1, to_z.shape[-1])
+    to_bank = flat.t() @ x.to(dtype).reshape(-1, x.shape[-1])
+    if projected:
+        to_prototypes = to_b
+    else:
+        to_bank = to_bank + to_b.t() @ prototypes.to(dtype)
+        to_prototypes = to_b @ bank
+    none = x.new_empty(0)
+    return (
+        (to_z @ bank).to(x.dtype),
+        to_bank.to(features.dtype),
+        to_prototypes.to(prototypes.dtype),
+        *(
+            none if t is None else t
+            for t in map(_coefficient, (found.theta, found.alpha, found.beta), (theta, alpha, beta))
+        ),
+        none if negative is None or to_negative is None else to_negative.to(negative.dtype),
+        none if bias is None else wide.reshape(-1, wide.shape[-1]).sum(0).to(bias.dtype),
+    )
+
+
+def _unmirror(grad: Tensor) -> Tensor:
+    """From the scores on [Ω; −Ω] to those on Ω."""
+    first, second = grad.chunk(2, -1)
+    return first - second
+
+
+def _coefficient(per_value: Tensor | None, coefficient: Tensor | None) -> Tensor | None:
+    """Sum of a gradient ``[..., P]`` for a coefficient ``[]`` or ``[P]``."""
+    if coefficient is None or per_value is None:  # θ is not used in a ratio
+        return None
+    rows = per_value.reshape(-1, per_value.shape[-1])
+    return (rows.sum(0) if coefficient.dim() else rows.sum()).to(coefficient.dtype)
 
 
 def with_negative(

@@ -148,12 +148,12 @@ def two_products(
 
 @triton.jit
 def sums(
-    z_ptr, b_ptr, rows, columns, row_inside, column_inside, width,
-    SIGN: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, sign,
+    ALPHA: tl.constexpr, BETA: tl.constexpr,
     INTERSECTION: tl.constexpr, CONVENTION: tl.constexpr, DIFFERENCE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Those sums of z and SIGN · b that are matrix products, each ``[BM, BN]``; 0 where it is not asked for.
+    """Those sums of z and sign · b that are matrix products, each ``[BM, BN]``; 0 where it is not asked for.
 
     Returns:
         common: Σ u v or Σ √(u v).
@@ -179,7 +179,7 @@ def sums(
             features = start + tl.arange(0, BK)
             known = features < width
             z = tile(z_ptr, rows, features, row_inside[:, None] & known[None, :], width, 1)
-            b = SIGN * tile(b_ptr, features, columns, known[:, None] & column_inside[None, :], 1, width)
+            b = sign * tile(b_ptr, features, columns, known[:, None] & column_inside[None, :], 1, width)
             u, v = relu(z), relu(b)
             if ROOTS:
                 common = tl.dot(root(u), root(v), common, input_precision=PRECISION)
@@ -197,8 +197,8 @@ def sums(
 
 @triton.jit
 def single_sums(
-    common, only_a, only_b, z_ptr, b_ptr, rows, columns, row_inside, column_inside, width,
-    SIGN: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    common, only_a, only_b, z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, sign,
+    ALPHA: tl.constexpr, BETA: tl.constexpr,
     INTERSECTION: tl.constexpr, CONVENTION: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):  # fmt: skip
     """Adds the paper's sums that take one feature at a time: Σ min, Σ softmin; Σ (u − v)⁺ and Σ (v − u)⁺ of common ones."""
@@ -211,7 +211,7 @@ def single_sums(
         b_rows = b_ptr + columns.to(tl.int64) * width
         for k in range(width):
             u = relu(tl.load(z_rows + k, mask=row_inside, other=0.0))[:, None]
-            v = relu(SIGN * tl.load(b_rows + k, mask=column_inside, other=0.0))[None, :]
+            v = relu(sign * tl.load(b_rows + k, mask=column_inside, other=0.0))[None, :]
             if LEAST:
                 common += smaller(u, v)
             if SOFT:
@@ -225,18 +225,18 @@ def single_sums(
 
 @triton.jit
 def all_sums(
-    z_ptr, b_ptr, rows, columns, row_inside, column_inside, width,
-    SIGN: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, sign,
+    ALPHA: tl.constexpr, BETA: tl.constexpr,
     INTERSECTION: tl.constexpr, CONVENTION: tl.constexpr, DIFFERENCE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`sums` and `single_sums`: everything that a similarity is made of."""
     common, first, second, only_a, only_b = sums(
-        z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, SIGN, ALPHA, BETA,
+        z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, sign, ALPHA, BETA,
         INTERSECTION, CONVENTION, DIFFERENCE, BM, BN, BK, PRECISION,
     )  # fmt: skip
     common, only_a, only_b = single_sums(
-        common, only_a, only_b, z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, SIGN, ALPHA, BETA,
+        common, only_a, only_b, z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, sign, ALPHA, BETA,
         INTERSECTION, CONVENTION, DIFFERENCE,
     )  # fmt: skip
     return common, first, second, only_a, only_b
@@ -293,7 +293,8 @@ def compare(
         q = denominator(
             common, only_a, only_b, alpha_ptr, beta_ptr, columns, column_inside, alpha_stride, beta_stride, CONVENTION
         )
-        return tl.where(tl.abs(q) < TINY, 0.0, common / q)
+        none = tl.abs(q) < TINY
+        return tl.where(none, 0.0, common / tl.where(none, 1.0, q))
     else:
         if theta_ptr is not None:
             common = coefficient(theta_ptr, columns, column_inside, theta_stride) * common
@@ -316,9 +317,9 @@ def similarity(
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     row_inside, column_inside = rows < count, columns < prototypes
     acc = tl.zeros([BM, BN], tl.float32)
-    for branch in tl.static_range(1 if negative_ptr is None else 2):
+    for branch in range(1 if negative_ptr is None else 2):
         common, first, second, only_a, only_b = all_sums(
-            z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, 1 - 2 * branch,
+            z_ptr, b_ptr, rows, columns, row_inside, column_inside, width, 1.0 - 2.0 * branch,
             alpha_ptr is not None, beta_ptr is not None, INTERSECTION, CONVENTION, DIFFERENCE, BM, BN, BK, PRECISION,
         )  # fmt: skip
         common, only_a, only_b = parts(common, first, second, only_a, only_b, INTERSECTION, CONVENTION, DIFFERENCE)
@@ -326,10 +327,10 @@ def similarity(
             common, only_a, only_b, theta_ptr, alpha_ptr, beta_ptr, columns, column_inside,
             theta_stride, alpha_stride, beta_stride, CONVENTION, FORM,
         )  # fmt: skip
-        if branch == 0:
-            acc = one
+        if negative_ptr is None:
+            acc += one
         else:
-            acc -= tl.load(negative_ptr).to(tl.float32) * one
+            acc += tl.where(branch == 0, 1.0, -tl.load(negative_ptr).to(tl.float32)) * one
     if bias_ptr is not None:
         acc += coefficient(bias_ptr, columns, column_inside, 1)
     inside = row_inside[:, None] & column_inside[None, :]

@@ -14,11 +14,14 @@ import triton
 from torch import Tensor
 
 from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
-from rewriter.kernels.tversky import kernels, reference
+from rewriter.kernels.tversky import gradient_kernels, kernels, reference
 
 _PRODUCT = (Config({"BM": 64, "BN": 64, "BK": 32}, 4, 3), Config({"BM": 128, "BN": 128, "BK": 32}, 8, 3, only="cuda"))
 _SINGLE = (Config({"BM": 64, "BN": 32, "BK": 32}, 4, 2),)  # products without matrix instructions
 _SUMS = (Config({"BM": 64, "BN": 32, "BK": 32}, 8, 2),)  # several tiles of sums live at once
+_SLOPES = (Config({"BN": 32, "BK": 32}, 8, 2),)
+_MEMBERSHIPS = (Config({"BM": 64, "BN": 64, "BK": 32}, 8, 2),)
+_ROWS = 64  # rows per program of `slopes`, which sums over them
 _PROGRAMS = 256  # programs to aim at where a long sum can be dealt out
 
 
@@ -59,7 +62,129 @@ def tversky(
     return out
 
 
-# ---------------------------------------------------------------------------------------- shared with the gradient
+def tversky_backward(
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    theta: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    negative: Tensor | None,
+    bias: Tensor | None,
+    intersection: str,
+    convention: str,
+    difference: str,
+    form: str,
+    mirrored: bool,
+    projected: bool,
+) -> tuple[Tensor, ...]:
+    """As `gradient.gradients`."""
+    refuse(x, features, prototypes)
+    flat, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, prototypes.shape[0]).contiguous()
+    z, b = scores(flat, features, prototypes, mirrored, projected)
+    names = naming(intersection, convention, difference, form)
+    weights = (theta, alpha, beta, negative)
+    to_z, to_b, *found = _branch(z, b, flat_grad, weights, names, matrix_precision(x), False)
+    to_negative = None
+    if negative is not None:
+        more_z, less_b, *others, to_negative = _branch(z, b, flat_grad, weights, names, matrix_precision(x), True)
+        to_z, to_b = to_z + more_z, to_b - less_b
+        found = [None if one is None else one + other for one, other in zip(found, others, strict=False)]
+    if mirrored:
+        to_z, to_b = (first - second for first, second in (t.chunk(2, 1) for t in (to_z, to_b)))
+    to_bank = multiply(to_z.t(), flat.t(), x)
+    if not projected:
+        to_bank = to_bank + multiply(to_b.t(), prototypes.t(), x)
+        to_b = multiply(to_b, features.t(), x)
+    to_theta, to_alpha, to_beta = (
+        None if one is None or weight is None else (one if weight.dim() else one.sum())
+        for one, weight in zip(found, weights, strict=False)
+    )
+    results = (
+        multiply(to_z, features.t(), x).reshape(x.shape), to_bank, to_b, to_theta, to_alpha, to_beta,
+        None if to_negative is None else -to_negative.sum(), None if bias is None else flat_grad.float().sum(0),
+    )  # fmt: skip
+    likes = (x, features, prototypes, theta, alpha, beta, negative, bias)
+    return tuple(
+        x.new_empty(0) if one is None or like is None else one.to(like.dtype)
+        for one, like in zip(results, likes, strict=True)
+    )
+
+
+def _branch(
+    z: Tensor,
+    b: Tensor,
+    grad: Tensor,
+    weights: tuple[Tensor | None, ...],
+    names: dict[str, str],
+    precision: str,
+    negative: bool,
+) -> list[Any]:
+    """Gradients of z, ±b, θ, α, β ``[P]`` and, for the negative branch, Σ G S ``[P]``; None for what has none."""
+    count, prototypes, width = z.shape[0], b.shape[0], z.shape[1]
+    paper, intersection = names["CONVENTION"] == "paper", names["INTERSECTION"]
+    theta, alpha, beta, _ = weights
+    surplus = not paper and names["DIFFERENCE"] == "subtractmatch" and not alpha is beta is None
+    sided = surplus or (intersection in ("mean", "max") if paper else intersection != "product")
+    whole = intersection == "product" or (paper and intersection != "mean")
+
+    def matrix(wanted: bool, rows: int = count) -> Tensor | None:
+        return z.new_empty(rows, prototypes) if wanted else None
+
+    per_pair = {
+        "common_ptr": matrix(whole), "first_ptr": matrix(sided), "second_ptr": matrix(sided),
+        "only_a_ptr": matrix(alpha is not None), "only_b_ptr": matrix(beta is not None),
+    }  # fmt: skip
+    blocks_of_rows = triton.cdiv(count, _ROWS)
+    per_prototype = {
+        "to_theta_ptr": matrix(theta is not None and names["FORM"] == "contrast", blocks_of_rows),
+        "to_alpha_ptr": matrix(alpha is not None, blocks_of_rows),
+        "to_beta_ptr": matrix(beta is not None, blocks_of_rows),
+        "value_ptr": matrix(negative, blocks_of_rows),
+    }
+    sizes = {"count": count, "prototypes": prototypes, "width": width}
+    launch(
+        gradient_kernels.slopes,
+        blocks(count, prototypes),
+        {"z_ptr": z, "b_ptr": b, "grad_ptr": grad, **coefficients(*weights), **per_pair, **per_prototype, **sizes},
+        {**names, "NEGATIVE": negative, "BM": _ROWS, "PRECISION": precision},
+        _SLOPES,
+    )
+    common, first, second, only_a, only_b = per_pair.values()
+    sign = -1.0 if negative else 1.0
+    rule = {**{name: names[name] for name in ("INTERSECTION", "CONVENTION", "DIFFERENCE")}, "PRECISION": precision}
+    to_z = _memberships(z, b, (1.0, sign), (common, first, only_a, only_b), (prototypes, 1), rule)
+    to_b = _memberships(b, z, (sign, 1.0), (common, second, only_b, only_a), (1, prototypes), rule)
+    return [to_z, to_b, *(None if t is None else t.sum(0) for t in per_prototype.values())]
+
+
+def _memberships(
+    own: Tensor,
+    other: Tensor,
+    signs: tuple[float, float],
+    grads: tuple[Tensor | None, ...],
+    strides: tuple[int, int],
+    rule: dict[str, str],
+) -> Tensor:
+    """Gradient of the scores ``own``, from what the sums of each row here and each row there receive."""
+    (count, width), others = own.shape, other.shape[0]
+    parts, share = deal(count, width, others)
+    out = own.new_empty(parts, count, width)
+    names = ("common_ptr", "side_ptr", "own_only_ptr", "other_only_ptr")
+    sizes = {"count": count, "others": others, "width": width, "share": share}
+    ways = {"own_sign": signs[0], "other_sign": signs[1], "grad_row": strides[0], "grad_column": strides[1]}
+    launch(
+        gradient_kernels.memberships,
+        blocks(count, width, parts),
+        {"own_ptr": own, "other_ptr": other, **dict(zip(names, grads, strict=True)), "out_ptr": out, **sizes, **ways},
+        rule,
+        _MEMBERSHIPS,
+    )
+    return out[0] if parts == 1 else out.sum(0)
+
+
+# -------------------------------------------------------------------------------------------------- parts of both
 
 
 def refuse(*tensors: Tensor) -> None:
@@ -150,6 +275,10 @@ _NAMES = {
 }
 
 
+def _gradient_arguments(names: str, dtype: torch.dtype, pair: bool = False) -> list[Any]:
+    return [torch.empty(4096, 4096, dtype=dtype, device="meta"), *arguments(names, dtype, pair)]
+
+
 def arguments(names: str, dtype: torch.dtype, pair: bool = False) -> list[Any]:
     """4096 rows of width 1024, 256 features, 4096 prototypes; ``pair`` with everything that is optional."""
     x, bank, prototypes = (torch.empty(rows, 1024, dtype=dtype, device="meta") for rows in (4096, 256, 4096))
@@ -169,4 +298,18 @@ SHIPPED: tuple[Shipped, ...] = (
         if name != "product"
     ),
     Shipped("tversky sums, pair bf16", tversky, lambda: arguments("sums", torch.bfloat16, True)),
+    *(
+        Shipped(
+            f"tversky_backward {name} bf16",
+            tversky_backward,
+            lambda name=name: _gradient_arguments(name, torch.bfloat16),
+        )
+        for name in _NAMES
+    ),
+    Shipped(
+        "tversky_backward sums, pair fp32",
+        tversky_backward,
+        lambda: _gradient_arguments("sums", torch.float32, True),
+        "none",
+    ),
 )

@@ -52,46 +52,38 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, features, prototypes, theta, alpha, beta, negative, bias = ctx.saved_tensors
-    names, (mirrored, projected) = ctx.options[:4], ctx.options[4:]
-    dtype = reference.compute_dtype(x)
-    wide = grad.to(dtype)
-    z, b = reference.scores(x, features, prototypes, mirrored, projected, dtype)
-    model = Model.of((theta, alpha, beta), names, dtype)
-    found, to_negative = gradient.with_negative(model, z, b, None if negative is None else negative.to(dtype), wide)
-    to_z, to_b = (_unmirror(found.z), _unmirror(found.b)) if mirrored else (found.z, found.b)
-    bank, flat = features.to(dtype), to_z.reshape(-1, to_z.shape[-1])
-    to_bank = flat.t() @ x.to(dtype).reshape(-1, x.shape[-1])
-    if projected:
-        to_prototypes = to_b
-    else:
-        to_bank = to_bank + to_b.t() @ prototypes.to(dtype)
-        to_prototypes = to_b @ bank
-    return (
-        (to_z @ bank).to(x.dtype),
-        to_bank.to(features.dtype),
-        to_prototypes.to(prototypes.dtype),
-        _coefficient(found.theta, theta),
-        _coefficient(found.alpha, alpha),
-        _coefficient(found.beta, beta),
-        None if negative is None or to_negative is None else to_negative.to(negative.dtype),
-        None if bias is None else wide.reshape(-1, wide.shape[-1]).sum(0).to(bias.dtype),
-        *(None for _ in ctx.options),
+    inputs, form = ctx.saved_tensors, ctx.options[3]
+    function = tversky_backward if on_device(grad) else gradient.gradients
+    found = function(grad, *inputs, *ctx.options)
+    unused = 3 if form == "ratio" else None  # θ
+    used = (None if t is None or i == unused else g for i, (t, g) in enumerate(zip(inputs, found, strict=True)))
+    return *used, *(None for _ in ctx.options)
+
+
+def on_device(x: Tensor) -> bool:
+    """Whether gradients are computed by an operator with a kernel instead of differentiable aten."""
+    return x.is_cuda
+
+
+def _gradient_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    out = _fake(*args)
+    torch._check_value(
+        grad.shape == out.shape, lambda: f"tversky: grad must be {list(out.shape)}, not {list(grad.shape)}"
+    )
+    theta, form = args[3], args[11]
+    absent = [t is None for t in args[:_TENSORS]]
+    absent[3] = theta is None or form == "ratio"
+    x = args[0]
+    return tuple(
+        x.new_empty(0) if gone else t.new_empty(t.shape) for t, gone in zip(args[:_TENSORS], absent, strict=True)
     )
 
 
-def _unmirror(grad: Tensor) -> Tensor:
-    """From the scores on [Ω; −Ω] to those on Ω."""
-    first, second = grad.chunk(2, -1)
-    return first - second
-
-
-def _coefficient(per_value: Tensor | None, coefficient: Tensor | None) -> Tensor | None:
-    """Sum of a gradient ``[..., P]`` for a coefficient ``[]`` or ``[P]``."""
-    if coefficient is None or per_value is None:  # θ is not used in a ratio
-        return None
-    rows = per_value.reshape(-1, per_value.shape[-1])
-    return (rows.sum(0) if coefficient.dim() else rows.sum()).to(coefficient.dtype)
+def _gradient_cost(grad: Tensor, *args: Any) -> Cost:
+    """About what the similarity takes three times: its sums once more, and a product for each side."""
+    once = _cost(*args)
+    tensors = sum(t.numel() * t.element_size() for t in args[:_TENSORS] if t is not None)
+    return Cost(3 * once.flops, once.bytes_read + grad.numel() * grad.element_size(), tensors)
 
 
 # -------------------------------------------------------------------------------------------------------- vmap
@@ -172,4 +164,16 @@ tversky: OpOverload = KernelSpec(
     vmap=_vmap,
     cost=_cost,
     autocast=("x",),
+    implementations={"cuda": "rewriter.kernels.tversky.launch:tversky"},
+).register()
+
+tversky_backward: OpOverload = KernelSpec(
+    name="tversky_backward",
+    schema=_SCHEMA.replace("(Tensor x", "(Tensor grad, Tensor x").replace(
+        "-> Tensor", f"-> ({', '.join(['Tensor'] * _TENSORS)})"
+    ),
+    reference=gradient.gradients,
+    fake=_gradient_fake,
+    cost=_gradient_cost,
+    implementations={"cuda": "rewriter.kernels.tversky.launch:tversky_backward"},
 ).register()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.spec import Cost, KernelSpec
-from rewriter.kernels.vq_logits.codec import decode_exact, flat_codes, unpack_codes
-from rewriter.kernels.vq_logits.reference import exact_logits, loss_dtype
+from rewriter.kernels.vq_logits import gradients, shared
+from rewriter.kernels.vq_logits.reference import exact_logits
 from rewriter.kernels.vq_logits.shared import (
     Grads,
     check_product,
@@ -55,23 +55,11 @@ def _fake(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, exact
 
 def _backward(ctx: Any, grad: Tensor) -> Grads:
     h, codebook, codes, bias, exact, exact_of = ctx.saved_tensors
-    groups, per_group, dims = codebook.shape
-    width, wide = h.shape[-1], loss_dtype(h)
-    flat = grad.reshape(-1, grad.shape[-1])
-    grad_h = None
-    if ctx.needs_input_grad[0]:
-        grad_h = grad @ decode_exact(codebook.to(h.dtype), codes, exact.to(h.dtype), exact_of)
-    grad_codebook = grad_exact = None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[4]:
-        rows = unpack_codes(exact_of)
-        dense = (flat.t() @ h.reshape(-1, width)).to(wide)  # gradient of the decoded head, [V, d]
-        grad_exact = dense.index_select(0, rows).to(exact.dtype)
-        coded = dense.index_fill(0, rows, 0.0)
-        parts = torch.nn.functional.pad(coded, (0, groups * dims - width)).reshape(-1, dims)
-        total = parts.new_zeros((groups * per_group, dims))
-        total = total.index_add(0, flat_codes(codes, per_group).reshape(-1), parts)
-        grad_codebook = total.reshape(codebook.shape).to(codebook.dtype)
-    grad_bias = flat.to(wide).sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[1], needs[3], needs[4]]
+    gradient = gradients.vq_logits_product_exact_backward if shared.on_gpu(h) else gradients.exact
+    found = gradient(grad, h, codebook, codes, exact, exact_of, wanted)
+    grad_h, grad_codebook, grad_bias, grad_exact = gradients.given(wanted, found, bias)
     return grad_h, grad_codebook, None, grad_bias, grad_exact, None
 
 

@@ -84,9 +84,7 @@ def expand(
     if EXP:
         acc = tl.exp(acc)
     # hook: epilogue(acc, rows, columns, inside)
-    tl.store(
-        out + rows.to(tl.int64)[:, None] * tokens + columns[None, :], acc.to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + rows.to(tl.int64)[:, None] * tokens + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,189 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codebook heads on a GPU: tiers and residual codebooks, forward and backward; what is shipped of all of them.
-
-Logits over tokens take two kernels. The first multiplies h with the codebook, the second looks its results up. Between
-them stand K code logits per position, K/V of the result and small enough to stay in the L2 cache; one kernel for both
-would have to hold all K of its positions before it could write a token, and with few positions leave most of the
-device idle. The result is written once and is what the time goes to.
-
-Tensors are made contiguous first. float64 and empty tensors are left to the reference.
-"""
+"""Calls of the codebook heads' device implementations that are compiled ahead of time for every target."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
-from rewriter.kernels.vq_logits import kernels
-from rewriter.kernels.vq_logits.codec import unpack_codes
+from rewriter.kernels.launching import Shipped
+from rewriter.kernels.vq_logits import loss_launch, product_launch, tiers_launch
 
-HALF = (torch.bfloat16, torch.float16)
-_EXPANSION = [Config({"ROWS": 32, "COLUMNS": 128}, 4, 1), Config({"ROWS": 64, "COLUMNS": 64}, 8, 1)]
-_EXPANSION_OF_FEW = [Config({"COLUMNS": 256}, 4, 1)]
-
-
-# -- common to all -----------------------------------------------------------------------------------------------
+D, K, V = 768, 2048, 50257
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+_ALL = [True, True, True]
 
 
-def require(*tensors: Tensor | None) -> None:
-    """Refuse what the kernels do not do.
-
-    Raises:
-        Unsupported: a floating tensor of another type than float32, bfloat16 and float16, or an empty tensor.
-    """
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, *HALF):
-            raise Unsupported(f"kernels of codebook heads compute in float32 or less, not in {tensor.dtype}")
-        if not tensor.numel():
-            raise Unsupported("there is nothing to compute on an empty tensor")
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def rows_of(h: Tensor) -> Tensor:
-    """``[..., d]`` -> contiguous ``[positions, d]``."""
-    return h.reshape(-1, h.shape[-1]).contiguous()
+def head(positions: int, dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """h, codebook, code_of and token_bias of a GPT-2 small's tiers."""
+    codes = empty(V, 2, dtype=torch.uint8)
+    token_bias = empty(V, dtype=FP32) if bias else None
+    return empty(positions, D, dtype=dtype), empty(K, D, dtype=dtype), codes, token_bias
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def _residual(positions: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    h, _, _, bias = head(positions, dtype)
+    return h, empty(2, K, D, dtype=dtype), empty(V, 2, 2, dtype=torch.uint8), bias
 
 
-def dot_blocks(positions: int, dtype: torch.dtype) -> tuple[dict[str, int], list[Config]]:
-    """Tile of a product ``[positions, columns]``, and ways to go along its width.
-
-    Few positions leave the time to reading the table: short tiles, so that many programs read. Many want tiles that
-    reuse what they read. float32 is multiplied without matrix instructions, from registers, of which it takes more.
-    """
-    narrow = dtype in HALF
-    if positions <= 16:
-        return {"ROWS": 16, "COLUMNS": 32}, [Config({"WIDTH": 128 if narrow else 32}, 4, 3)]
-    if positions <= 256 or not narrow:
-        return {"ROWS": 64, "COLUMNS": 64}, [Config({"WIDTH": 64 if narrow else 16}, 4, 3 if narrow else 2)]
-    return {"ROWS": 128, "COLUMNS": 128}, [
-        Config({"WIDTH": 64}, 8, 2),
-        Config({"WIDTH": 64}, 8, 4, only="cuda"),
-    ]
+def _product(positions: int, dtype: torch.dtype, tokens: int = V) -> tuple[Any, ...]:
+    """256 codes per 4 dimensions, the default without calibration."""
+    codes = empty(tokens, D // 4, dtype=torch.uint8)
+    bias = empty(tokens, dtype=dtype)
+    return empty(positions, D, dtype=dtype), empty(D // 4, 256, 4, dtype=dtype), codes, bias
 
 
-# -- tiers and residual stages -----------------------------------------------------------------------------------
+def target(positions: int) -> Tensor:
+    return empty(positions, dtype=torch.int64)
 
 
-def code_logits(flat: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    """h·C_j of flat h ``[N, d]`` and codebook ``[K, d]``, transposed: ``[K, N]``, N rounded up to a multiple of 16."""
-    positions, width = flat.shape
-    codes = codebook.shape[0]
-    stride = 16 * cdiv(positions, 16)
-    out = flat.new_empty((codes, stride), dtype=dtype)
-    blocks, configs = dot_blocks(positions, flat.dtype)
-    launch(
-        kernels.code_logits,
-        lambda c: (cdiv(codes, c["COLUMNS"]), cdiv(positions, c["ROWS"])),
-        {"h": flat, "codebook": codebook, "out": out, "positions": positions, "codes": codes, "width": width,
-         "stride": stride},
-        {"PRECISION": precision(flat.dtype), **blocks},
-        configs,
-    )  # fmt: skip
-    return out
+def _product_backward(positions: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    h, codebook, codes, _ = _product(positions, dtype, product_launch.CHUNK)
+    return empty(positions, codes.shape[0], dtype=dtype), h, codebook, codes, _ALL
 
 
-def expanded(
-    table: Tensor, codes: Tensor, bias: Tensor | None, log_z: Tensor | None, out: Tensor, exp: bool = False
-) -> Tensor:
-    """Fill ``out`` ``[N, V]``: Σ_s table[s, a_s(i), n] + b_i − log Z_n; table as `code_logits` makes it, codes
-    ``[V, S, bytes]``."""
-    positions, tokens = out.shape
-    _, stages, width = codes.shape
-    few = positions <= 16
-    rows = 1 << (positions - 1).bit_length()
-    launch(
-        kernels.expand,
-        lambda c: (cdiv(tokens, c["COLUMNS"]), cdiv(positions, c["ROWS"])),
-        {"table": table, "code_of": codes.contiguous(), "bias": bias, "log_z": log_z, "out": out,
-         "positions": positions, "tokens": tokens, "codes": table.shape[0] // stages, "stride": table.shape[1]},
-        {"BYTES": width, "STAGES": stages, "EXP": exp, **({"ROWS": rows} if few else {})},
-        _EXPANSION_OF_FEW if few else _EXPANSION,
-    )  # fmt: skip
-    return out
+def _case(
+    name: str, function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]], matrix: str = "tensor core"
+) -> Shipped:
+    return Shipped(f"vq_logits {name}", function, arguments, matrix)
 
 
-def tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
-    """`vq_logits_tiers`: one residual stage."""
-    return residual(h, codebook.unsqueeze(0), code_of.unsqueeze(1), token_bias)
-
-
-def residual(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
-    """`vq_logits_residual`; the logits of the stages are rounded to h's type, as by the reference, and added in
-    float32."""
-    require(h, codebook, codes, bias)
-    flat = rows_of(h)
-    table = code_logits(flat, codebook.reshape(-1, h.shape[-1]).contiguous(), h.dtype)
-    out = h.new_empty((flat.shape[0], codes.shape[0]))
-    expanded(table, codes, None if bias is None else bias.contiguous(), None, out)
-    return out.reshape(*h.shape[:-1], -1)
-
-
-# -- gradients ---------------------------------------------------------------------------------------------------
-
-
-def sums_by_code(grad: Tensor, code: Tensor, codes: int, out: Tensor) -> None:
-    """Σ over the tokens of each code: grad contiguous ``[N, V]``, code int64 ``[V]`` into out float32 ``[N, K]``, zero
-    before, whose rows may be longer."""
-    positions, tokens = grad.shape
-    ordered, order = torch.sort(code.to(torch.int32), stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(codes + 1, dtype=torch.int32, device=code.device), out_int32=True)
-    # A program reads all its rows' tokens unless there are too few rows to keep the device busy.
-    parts = min(max(256 // positions, 1), codes)
-    per_part = cdiv(codes, parts)
-    launch(
-        kernels.segment_sums,
-        lambda c: (cdiv(positions, c["ROWS"]), cdiv(codes, per_part)),
-        {"grad": grad, "order": order, "ordered_code": ordered, "bounds": bounds, "out": out, "positions": positions,
-         "tokens": tokens, "codes": codes, "out_stride": out.stride(0), "per_part": per_part},
-        {},
-        [Config({"ROWS": 1, "PLACES": 1024}, 4, 1), Config({"ROWS": 4, "PLACES": 256}, 4, 1)],
-    )  # fmt: skip
-
-
-def residual_backward(
-    grad: Tensor, h: Tensor, codebook: Tensor, codes: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`vq_logits_residual_backward`: sums over the tokens of each code; what is left are products of matrices."""
-    require(grad, h, codebook, codes)
-    stages, per_stage, width = codebook.shape
-    flat, rows = rows_of(h), rows_of(grad)
-    of_h, of_codebook, of_bias = h.new_empty(0), codebook.new_empty(0), codebook.new_empty(0, dtype=torch.float32)
-    if wanted[0] or wanted[1]:
-        sums = torch.zeros((rows.shape[0], stages * per_stage), dtype=torch.float32, device=h.device)
-        index = unpack_codes(codes)
-        for stage in range(stages):
-            sums_by_code(rows, index[:, stage], per_stage, sums[:, stage * per_stage : (stage + 1) * per_stage])
-        of_h, of_codebook = through_table(sums.to(h.dtype), flat, codebook.reshape(-1, width), wanted)
-        of_h, of_codebook = of_h.reshape(h.shape if wanted[0] else 0), of_codebook.reshape(
-            codebook.shape if wanted[1] else 0
-        )
-    if wanted[2]:
-        of_bias = rows.sum(0, dtype=torch.float32)
-    return of_h, of_codebook, of_bias
-
-
-def tiers_backward(
-    grad: Tensor, h: Tensor, codebook: Tensor, code_of: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`vq_logits_tiers_backward`: one residual stage."""
-    of_h, of_codebook, of_bias = residual_backward(grad, h, codebook.unsqueeze(0), code_of.unsqueeze(1), wanted)
-    return of_h, of_codebook.squeeze(0), of_bias
-
-
-def through_table(gradient: Tensor, flat: Tensor, table: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Gradient at the logits of the table's rows ``[N, K]``, in h's dtype -> gradients of h ``[N, d]`` and of the table
-    ``[K, d]`` in the table's dtype; empty what is not wanted. Plain products, which torch's library does best."""
-    of_h = gradient @ table.to(flat.dtype) if wanted[0] else flat.new_empty(0)
-    of_table = (gradient.t() @ flat).to(table.dtype) if wanted[1] else table.new_empty(0)
-    return of_h, of_table
-
-
-SHIPPED: tuple[Shipped, ...] = ()
+SHIPPED = (
+    _case("tiers, 1 position", tiers_launch.tiers, lambda: head(1, BF16), "mma"),
+    _case("tiers, 64", tiers_launch.tiers, lambda: head(64, BF16)),
+    _case("tiers, 4096", tiers_launch.tiers, lambda: head(4096, FP16)),
+    _case("tiers, 64, float32", tiers_launch.tiers, lambda: head(64, FP32), "none"),
+    _case("residual, 8", tiers_launch.residual, lambda: _residual(8, BF16), "mma"),
+    _case(
+        "tiers backward, 4096",  # its products are torch's
+        tiers_launch.tiers_backward,
+        lambda: (empty(4096, V, dtype=BF16), *head(4096, BF16)[:3], _ALL),
+        "none",
+    ),
+    _case("logsumexp, 1", loss_launch.logsumexp, lambda: head(1, BF16, bias=False), "mma"),
+    _case("nll, 4096", loss_launch.nll, lambda: (*head(4096, BF16), target(4096))),
+    _case(
+        "cross entropy, 64, float32",
+        loss_launch.cross_entropy,
+        lambda: (*head(64, FP32), target(64), empty(V, dtype=FP32), 0.1, -100),
+        "none",
+    ),
+    _case(
+        "cross entropy backward, 4096",
+        loss_launch.loss_backward,
+        lambda: (empty(4096, dtype=FP32), *head(4096, BF16), target(4096), None, 0.1, -100, _ALL),
+    ),
+    _case(
+        "log_softmax backward, 64",
+        loss_launch.weighted_backward,
+        lambda: (empty(64, V, dtype=FP32), *head(64, FP16), _ALL),
+    ),
+    _case("product, 1", product_launch.product, lambda: _product(1, BF16), "none"),
+    _case("product, 4", product_launch.product, lambda: _product(4, FP16), "none"),
+    _case("product, 8", product_launch.product, lambda: _product(8, BF16), "mma"),
+    _case("product, 64", product_launch.product, lambda: _product(64, BF16)),
+    _case("product, 64, float32", product_launch.product, lambda: _product(64, FP32, product_launch.CHUNK), "none"),
+    _case("product backward, 4096", product_launch.product_backward, lambda: _product_backward(4096, BF16), "none"),
+)

@@ -16,8 +16,8 @@ from torch import Tensor
 from rewriter.kernels.launching import Config, launch, precision
 from rewriter.kernels.vq_logits import kernels, loss_kernels
 from rewriter.kernels.vq_logits.codec import unpack_codes
-from rewriter.kernels.vq_logits.launch import cdiv, dot_blocks, require, rows_of, through_table
 from rewriter.kernels.vq_logits.reference import IGNORE_INDEX
+from rewriter.kernels.vq_logits.tiers_launch import cdiv, dot_blocks, require, rows_of, sums_by_code, through_table
 
 _BY_CODE = [Config({"CODES": 8, "TOKENS": 512}, 4, 1)]
 _OVER_TILES = [Config({"ROWS": 32, "TILES": 16}, 4, 1)]
@@ -306,8 +306,6 @@ def weighted_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`vq_tiers_log_softmax_backward`: grad ``[..., V]`` at log p."""
-    from rewriter.kernels.vq_logits.launch import sums_by_code
-
     require(grad, h, codebook, code_of, token_bias)
     codes = codebook.shape[0]
     flat, rows, table = rows_of(h), rows_of(grad), codebook.contiguous()

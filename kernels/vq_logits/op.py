@@ -3,25 +3,22 @@
 
 Here: tiers, their loss without V columns, and product codes. The others have files of their own, imported below.
 
-Gradients go to h, the codebook and the biases; codes have none. Each backward is written with the saved inputs and
-differentiable aten, so second derivatives are right too. With p_j = exp(l_j + B_j − log Z):
-
-    ∂NLL/∂l_j = p_j − 1[j = M(y)],    ∂NLL/∂b_i = p_{M(i)} · exp(b_i − B_{M(i)}) − 1[i = y].
+Gradients go to h, the codebook and the biases; codes have none. On the CPU each backward is written with the saved
+inputs and differentiable aten, so second derivatives are right too; on a GPU it is an operator with kernels, which has
+none.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rewriter.kernels.spec import Cost, KernelSpec
-from rewriter.kernels.vq_logits.codec import decode_product, flat_codes, unpack_codes
+from rewriter.kernels.vq_logits import gradients, loss_gradients, shared
 from rewriter.kernels.vq_logits.exact import vq_logits_product_exact as vq_logits_product_exact
 from rewriter.kernels.vq_logits.reference import (
     IGNORE_INDEX,
-    code_log_mass,
     loss_dtype,
     product_logits,
     tiers_logits,
@@ -88,83 +85,35 @@ def _product_fake(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | Non
 # -- gradients ---------------------------------------------------------------------------------------------------
 
 
-def _through_codes(ctx: Any, h: Tensor, codebook: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient at the code logits l = h Cᵀ, ``[..., K]`` in at least float32 -> gradients of h and C."""
-    narrow = grad.to(h.dtype)
-    grad_h = narrow @ codebook.to(h.dtype) if ctx.needs_input_grad[0] else None
-    grad_codebook = None
-    if ctx.needs_input_grad[1]:
-        grad_codebook = (narrow.reshape(-1, grad.shape[-1]).t() @ h.reshape(-1, h.shape[-1])).to(codebook.dtype)
-    return grad_h, grad_codebook
+def _wanted(ctx: Any) -> list[bool]:
+    """Which gradients of h, codebook and bias are needed."""
+    return [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
 
 
 def _tiers_backward(ctx: Any, grad: Tensor) -> Grads:
     h, codebook, code_of, token_bias = ctx.saved_tensors
-    per_token = grad.reshape(-1, grad.shape[-1]).to(loss_dtype(h))
-    # Σ over the tokens of a code; along rows, because adding columns is slow.
-    per_code = per_token.new_zeros((codebook.shape[0], per_token.shape[0]))
-    per_code = per_code.index_add(0, unpack_codes(code_of), per_token.t())
-    grad_h, grad_codebook = _through_codes(ctx, h, codebook, per_code.t().reshape(*h.shape[:-1], -1))
-    grad_bias = per_token.sum(0).to(token_bias.dtype) if ctx.needs_input_grad[3] else None
+    wanted = _wanted(ctx)
+    gradient = gradients.vq_logits_tiers_backward if shared.on_gpu(h) else gradients.tiers
+    found = gradient(grad, h, codebook, code_of, wanted)
+    grad_h, grad_codebook, grad_bias = gradients.given(wanted, found, token_bias)
     return grad_h, grad_codebook, None, grad_bias
-
-
-def _partition(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Code posteriors p_j ``[..., K]`` and the code masses B_j ``[K]``."""
-    wide = loss_dtype(h)
-    mass = code_log_mass(code_of, token_bias, codebook.shape[0], wide)
-    code_logits = torch.nn.functional.linear(h, codebook.to(h.dtype)).to(wide)
-    return torch.softmax(code_logits + mass, dim=-1), mass
-
-
-def _bias_through_mass(posterior: Tensor, mass: Tensor, code_of: Tensor, token_bias: Tensor) -> Tensor:
-    """Σ over positions of p_{M(i)} · exp(b_i − B_{M(i)}), ``[V]``; posterior ``[..., K]`` comes times the gradient."""
-    index = unpack_codes(code_of)
-    total = posterior.reshape(-1, posterior.shape[-1]).sum(0)
-    return total.index_select(0, index) * (token_bias.to(mass.dtype) - mass.index_select(0, index)).exp()
 
 
 def _logsumexp_backward(ctx: Any, grad: Tensor) -> Grads:
-    h, codebook, code_of, token_bias = ctx.saved_tensors
-    posterior, mass = _partition(h, codebook, code_of, token_bias)
-    weighted = posterior * grad.unsqueeze(-1)
-    grad_h, grad_codebook = _through_codes(ctx, h, codebook, weighted)
-    grad_bias = None
-    if ctx.needs_input_grad[3]:
-        grad_bias = _bias_through_mass(weighted, mass, code_of, token_bias).to(token_bias.dtype)
-    return grad_h, grad_codebook, None, grad_bias
+    return loss_gradients.of_loss(ctx, grad, ctx.saved_tensors, None, None, 0.0, IGNORE_INDEX)
 
 
 def _nll_backward(ctx: Any, grad: Tensor) -> Grads:
-    h, codebook, code_of, token_bias, target = ctx.saved_tensors
-    posterior, mass = _partition(h, codebook, code_of, token_bias)
-    counted = target != IGNORE_INDEX
-    token = torch.where(counted, target, 0)
-    kept = torch.where(counted, grad, 0.0)
-    weighted = posterior * kept.unsqueeze(-1)
-    code = unpack_codes(code_of)[token].unsqueeze(-1)
-    grad_h, grad_codebook = _through_codes(ctx, h, codebook, weighted.scatter_add(-1, code, -kept.unsqueeze(-1)))
-    grad_bias = None
-    if ctx.needs_input_grad[3]:
-        grad_bias = _bias_through_mass(weighted, mass, code_of, token_bias)
-        grad_bias = grad_bias.index_add(0, token.reshape(-1), -kept.reshape(-1)).to(token_bias.dtype)
-    return grad_h, grad_codebook, None, grad_bias, None
+    *head, target = ctx.saved_tensors
+    return (*loss_gradients.of_loss(ctx, grad, head, target, None, 0.0, IGNORE_INDEX), None)
 
 
 def _product_backward(ctx: Any, grad: Tensor) -> Grads:
     h, codebook, codes, bias = ctx.saved_tensors
-    groups, per_group, dims = codebook.shape
-    width = h.shape[-1]
-    flat = grad.reshape(-1, grad.shape[-1])
-    grad_h = grad @ decode_product(codebook.to(h.dtype), codes, width) if ctx.needs_input_grad[0] else None
-    grad_codebook = None
-    if ctx.needs_input_grad[1]:
-        dense = (flat.t() @ h.reshape(-1, width)).to(loss_dtype(h))
-        dense = torch.nn.functional.pad(dense, (0, groups * dims - width)).reshape(-1, dims)
-        total = dense.new_zeros((groups * per_group, dims))
-        total = total.index_add(0, flat_codes(codes, per_group).reshape(-1), dense)
-        grad_codebook = total.reshape(codebook.shape).to(codebook.dtype)
-    grad_bias = flat.to(loss_dtype(h)).sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+    wanted = _wanted(ctx)
+    gradient = gradients.vq_logits_product_backward if shared.on_gpu(h) else gradients.product
+    found = gradient(grad, h, codebook, codes, wanted)
+    grad_h, grad_codebook, grad_bias = gradients.given(wanted, found, bias)
     return grad_h, grad_codebook, None, grad_bias
 
 
@@ -205,7 +154,10 @@ TIERS = KernelSpec(
     vmap=vmap_rule("vq_logits_tiers", (0,)),
     cost=_tiers_cost,
     autocast=("h",),
-    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_logits_tiers"},
+    implementations={
+        "cpu": "rewriter.kernels.vq_logits.native:vq_logits_tiers",
+        "cuda": "rewriter.kernels.vq_logits.tiers_launch:tiers",
+    },
 )
 
 LOGSUMEXP = KernelSpec(
@@ -218,7 +170,10 @@ LOGSUMEXP = KernelSpec(
     vmap=vmap_rule("vq_tiers_logsumexp", (0,)),
     cost=_logsumexp_cost,
     autocast=("h",),
-    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_tiers_logsumexp"},
+    implementations={
+        "cpu": "rewriter.kernels.vq_logits.native:vq_tiers_logsumexp",
+        "cuda": "rewriter.kernels.vq_logits.loss_launch:logsumexp",
+    },
 )
 
 NLL = KernelSpec(
@@ -231,7 +186,10 @@ NLL = KernelSpec(
     vmap=vmap_rule("vq_tiers_nll", (0, 4)),
     cost=_nll_cost,
     autocast=("h",),
-    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_tiers_nll"},
+    implementations={
+        "cpu": "rewriter.kernels.vq_logits.native:vq_tiers_nll",
+        "cuda": "rewriter.kernels.vq_logits.loss_launch:nll",
+    },
 )
 
 PRODUCT = KernelSpec(
@@ -244,7 +202,10 @@ PRODUCT = KernelSpec(
     vmap=vmap_rule("vq_logits_product", (0,)),
     cost=_product_cost,
     autocast=("h",),
-    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_logits_product"},
+    implementations={
+        "cpu": "rewriter.kernels.vq_logits.native:vq_logits_product",
+        "cuda": "rewriter.kernels.vq_logits.product_launch:product",
+    },
 )
 
 vq_logits_tiers = TIERS.register()

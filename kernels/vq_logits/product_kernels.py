@@ -53,7 +53,9 @@ def sum_tables(
         listed = is_token[:, None] & (group < groups)[None, :]
         code = tl.load(codes_of + columns.to(tl.int64)[:, None] * groups + group[None, :], mask=listed, other=0)
         entry = (group[None, :] * codes + code.to(tl.int32)) * ROWS
-        total += tl.sum(tl.load(tables + entry[:, :, None] + rows[None, None, :], mask=listed[:, :, None], other=0.0), axis=1)
+        total += tl.sum(
+            tl.load(tables + entry[:, :, None] + rows[None, None, :], mask=listed[:, :, None], other=0.0), axis=1
+        )
     acc = tl.trans(total)
     if bias is not None:
         acc += tl.load(bias + columns, mask=is_token, other=0.0).to(tl.float32)[None, :]
@@ -101,9 +103,7 @@ def product_logits(
             other=0.0,
         )
         # hook: prologue(x, rows, features)
-        w = decoded_tile(
-            codebook, codes_of, columns, start, tokens, groups, codes, dims, width, COLUMNS, GROUPS, DIMS
-        )
+        w = decoded_tile(codebook, codes_of, columns, start, tokens, groups, codes, dims, width, COLUMNS, GROUPS, DIMS)
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision=PRECISION)
     if bias is not None:
         acc += tl.load(bias + columns, mask=columns < tokens, other=0.0).to(tl.float32)[None, :]

@@ -18,7 +18,7 @@ from torch import Tensor
 from rewriter.kernels.launching import Config, launch, precision
 from rewriter.kernels.vq_logits import product_kernels as kernels
 from rewriter.kernels.vq_logits.codec import unpack_codes
-from rewriter.kernels.vq_logits.launch import HALF, cdiv, require, rows_of
+from rewriter.kernels.vq_logits.tiers_launch import HALF, cdiv, require, rows_of
 
 BY_TABLE = 4  # positions
 BY_TILE = 512

@@ -80,6 +80,19 @@ def residual_logits(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | N
     return (logits if bias is None else logits + bias.to(logits.dtype)).to(h.dtype)
 
 
+def code_logits(h: Tensor, codebook: Tensor) -> Tensor:
+    """l = h Cᵀ in h's dtype, then at least float32. h ``[..., d]`` -> ``[..., K]``."""
+    return F.linear(h, codebook.to(h.dtype)).to(loss_dtype(h))
+
+
+def code_sums(values: Tensor, code: Tensor, codes: int) -> Tensor:
+    """Σ over the tokens of each code. values ``[..., V]``, code int64 ``[V]`` -> ``[..., K]``."""
+    rows = values.reshape(-1, values.shape[-1])
+    # Along rows, because adding columns is slow.
+    sums = rows.new_zeros((codes, rows.shape[0])).index_add(0, code, rows.t())
+    return sums.t().reshape(*values.shape[:-1], codes)
+
+
 def code_log_mass(code_of: Tensor, token_bias: Tensor | None, codes: int, dtype: torch.dtype) -> Tensor:
     """B_j = log Σ_{M(i)=j} exp b_i, ``[K]``; log n_j without bias; -inf (with zero gradient) for unused codes."""
     index = unpack_codes(code_of)
@@ -95,6 +108,12 @@ def code_log_mass(code_of: Tensor, token_bias: Tensor | None, codes: int, dtype:
     used = mass > 0
     # log of a masked 1 instead of 0: log'(0) = inf would turn the zero gradient into NaN.
     return torch.where(used, torch.where(used, mass, 1.0).log() + top, -torch.inf)
+
+
+def log_within(code: Tensor, token_bias: Tensor | None, mass: Tensor) -> Tensor:
+    """log P(i | M(i)) = b_i − B_{M(i)}, ``[V]``."""
+    own = mass.index_select(0, code)
+    return -own if token_bias is None else token_bias.to(mass.dtype) - own
 
 
 def loss_dtype(h: Tensor) -> torch.dtype:

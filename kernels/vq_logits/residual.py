@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.spec import Cost, KernelSpec
-from rewriter.kernels.vq_logits.codec import unpack_codes
-from rewriter.kernels.vq_logits.reference import loss_dtype, residual_logits
+from rewriter.kernels.vq_logits import gradients, shared
+from rewriter.kernels.vq_logits.reference import residual_logits
 from rewriter.kernels.vq_logits.shared import (
     Grads,
     check_hidden,
@@ -59,22 +59,10 @@ def _fake(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None) -> Te
 
 def _backward(ctx: Any, grad: Tensor) -> Grads:
     h, codebook, codes, bias = ctx.saved_tensors
-    stages, per_stage, width = codebook.shape
-    per_token = grad.reshape(-1, grad.shape[-1]).to(loss_dtype(h))
-    grad_h = grad_codebook = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        index = unpack_codes(codes)
-        # Gradient at the code logits, [S·K, positions]: a sum over the tokens of each code, along rows.
-        by_code = per_token.new_zeros((stages * per_stage, per_token.shape[0]))
-        for stage in range(stages):
-            by_code = by_code.index_add(0, index[:, stage] + stage * per_stage, per_token.t())
-        narrow = by_code.to(h.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_h = narrow.t() @ codebook.to(h.dtype).reshape(-1, width)
-            grad_h = grad_h.reshape(h.shape)
-        if ctx.needs_input_grad[1]:
-            grad_codebook = (narrow @ h.reshape(-1, width)).to(codebook.dtype).reshape(codebook.shape)
-    grad_bias = per_token.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    gradient = gradients.vq_logits_residual_backward if shared.on_gpu(h) else gradients.residual
+    found = gradient(grad, h, codebook, codes, wanted)
+    grad_h, grad_codebook, grad_bias = gradients.given(wanted, found, bias)
     return grad_h, grad_codebook, None, grad_bias
 
 
@@ -95,6 +83,7 @@ RESIDUAL = KernelSpec(
     vmap=vmap_rule("vq_logits_residual", (0,)),
     cost=_cost,
     autocast=("h",),
+    implementations={"cuda": "rewriter.kernels.vq_logits.tiers_launch:residual"},
 )
 
 vq_logits_residual = RESIDUAL.register()

@@ -76,6 +76,11 @@ def check_k(k: int, tokens: int) -> None:
     torch._check(1 <= k <= tokens, lambda: f"k must lie in [1, {tokens}], not {k}")
 
 
+def on_gpu(h: Tensor) -> bool:
+    """Whether gradients are computed by operators that have kernels; see ``gradients.py``."""
+    return h.is_cuda
+
+
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """`setup_context` of an operator whose arguments are all tensors (or None)."""
     ctx.save_for_backward(*inputs)

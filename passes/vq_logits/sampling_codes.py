@@ -150,6 +150,8 @@ class CodeDistribution(Distribution):
         logits, first, high = self.logits, t.first, t.count.expand(self.logits.shape)
         if codes is not None:
             logits, first, high = logits.gather(-1, codes), first[codes], t.count[codes]
+        if bool((floor == -torch.inf).all()):  # nothing lies below it
+            return high
         low = torch.zeros_like(high)
         for _ in range(t.steps):
             middle = (low + high) >> 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from interpreter import interpreting
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
@@ -53,6 +54,16 @@ COSTLY: Sequence[tuple[Any, tuple[Any, ...]]] = (
 BINARY = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.maximum.default, aten.minimum.default)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A program of placeholders; shown without its tensors."""
+
+    program: Program
+
+    def __repr__(self) -> str:
+        return str(self.program.graph)
+
+
 @dataclass
 class Built:
     """A graph being built, with what to call it with."""
@@ -64,12 +75,12 @@ class Built:
         self.inputs.append(value)
         return self.graph.placeholder(f"input_{len(self.inputs)}")
 
-    def program(self, result: Node) -> Program:
+    def case(self, result: Node) -> Case:
         self.graph.output(result)
         module = GraphModule(torch.nn.Module(), self.graph)
         mode = FakeTensorMode()
         FakeTensorProp(module, mode).propagate(*self.inputs)
-        return Program.from_graph_module(module, self.inputs)
+        return Case(Program.from_graph_module(module, self.inputs))
 
 
 def normal(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -114,24 +125,49 @@ def chain(
     return value
 
 
-def exact(emitted: Emitted) -> Callable[..., Tensor]:
-    """The reference of a file with float64 for every floating dtype it names."""
-    source = re.sub(r"torch\.(float32|float16|bfloat16)", "torch.float64", inspect.getsource(emitted.module.reference))
+def rewritten(emitted: Emitted, pattern: str, instead: str) -> Callable[..., Tensor]:
+    """The reference of a file with something else in its text."""
     space = dict(vars(emitted.module))
-    exec(source, space)  # our own text
+    exec(re.sub(pattern, instead, inspect.getsource(emitted.module.reference)), space)  # our own text
     return space["reference"]
 
 
-def complaint(emitted: Emitted, args: Sequence[Any], got: Tensor) -> str | None:
-    """Why a result is worse than the reference's own in the same dtypes; None if it is not."""
-    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-    eager, gold = emitted.module.reference(*args), exact(emitted)(*wide)
+def exact(emitted: Emitted) -> Callable[..., Tensor]:
+    """The reference of a file with float64 for every floating dtype it names."""
+    return rewritten(emitted, r"torch\.(float32|float16|bfloat16)", "torch.float64")
+
+
+def unfused(emitted: Emitted) -> Callable[..., Tensor]:
+    """The operator's own kernel, and the other nodes in aten: what the product itself loses by its order of summing."""
+    return rewritten(emitted, r"torch\.ops\.(rewriter\.\w+|aten\.linear)\.default", "implementation")
+
+
+def complaint(emitted: Emitted, args: Sequence[Any], which: int = 0) -> str | None:
+    """Why the kernel of a file is worse than its reference; None if it is not.
+
+    It may lose twice what the reference loses in its dtypes, and one unit in the last place; or, where the sums of the
+    product alone lose more than that, twice what its operator's kernel with the other nodes behind it loses.
+    """
+    with interpreting(which):
+        got = emitted.module.run(*args)
+    eager = emitted.module.reference(*args)
     if got.shape != eager.shape or got.dtype != eager.dtype:
         return f"{got.dtype} {list(got.shape)} instead of {eager.dtype} {list(eager.shape)}"
-    if not gold.numel():
+    if not eager.numel():
         return None
-    lost, allowed = (got - gold).abs().max(), (eager - gold).abs().nan_to_num(float("inf")).max()
-    ulp = torch.finfo(eager.dtype).eps * gold.abs().max()
+    gold = exact(emitted)(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+    ulp = torch.finfo(eager.dtype).eps * float(gold.abs().max())
+    lost, allowed = _loss(got, gold), _loss(eager, gold)
     if lost <= 2 * allowed + ulp:
         return None
-    return f"loses {lost:.3g}, the reference {allowed:.3g}, a unit in the last place is {ulp:.3g}:\n{emitted.path.read_text()}"
+    with interpreting(which):
+        apart = _loss(unfused(emitted)(*args), gold)
+    if lost <= 2 * apart + ulp:
+        return None
+    text = emitted.path.read_text()
+    return f"loses {lost:.3g}, eager {allowed:.3g}, unfused {apart:.3g}, a unit in the last place is {ulp:.3g}:\n{text}"
+
+
+def _loss(value: Tensor, gold: Tensor) -> float:
+    """The largest error; infinite where the value is none."""
+    return float((value - gold).abs().nan_to_num(nan=float("inf")).max())

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from emitted_chains import DTYPES, Built, Case, aten, chain, complaint, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emitted_chains import DTYPES, Built, aten, chain, complaint, normal
-from interpreter import interpreting
 from rewriter.codegen.emitting import Emission, emit
 from rewriter.kernels.shift_add import codec
 from rewriter.kernels.shift_add.op import bcq_linear
@@ -35,9 +34,7 @@ def check(program: Program, folder: Path, which: int = 0) -> None:
         assert all(miss.reason for miss in emission.misses)
         return
     emitted, args = emitted_call(emission)
-    with interpreting(which):
-        got = emitted.module.run(*args)
-    assert (reason := complaint(emitted, args, got)) is None, reason
+    assert (reason := complaint(emitted, args, which)) is None, reason
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @st.composite
-def programs(draw: st.DrawFn, operator: str) -> Program:
+def cases(draw: st.DrawFn, operator: str) -> Case:
     """chain(operator(chain(x)))"""
     dtype = draw(st.sampled_from(DTYPES))
     lead = draw(st.sampled_from([(3,), (17,), (2, 5), (1,), (2, 2, 3), (1, 1)]))
@@ -65,7 +62,7 @@ def programs(draw: st.DrawFn, operator: str) -> Program:
         packed = built.input(codes), built.input(scale)
         y = built.graph.call_function(bcq_linear, (x, *packed, None, bias, group, features))
     length = draw(st.integers(1, 6))
-    return built.program(chain(draw, built, y, (*lead, columns), dtype, costly=True, length=length))
+    return built.case(chain(draw, built, y, (*lead, columns), dtype, costly=True, length=length))
 
 
 def quantised(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -79,12 +76,12 @@ def quantised(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 @settings(max_examples=25)
-@given(programs("linear"), st.integers(0, 1))
-def test_dense_chains(folder: Path, program: Program, which: int) -> None:
-    check(program, folder, which)
+@given(cases("linear"), st.integers(0, 1))
+def test_dense_chains(folder: Path, case: Case, which: int) -> None:
+    check(case.program, folder, which)
 
 
 @settings(max_examples=15)
-@given(programs("bcq_linear"), st.integers(0, 1))
-def test_packed_chains(folder: Path, program: Program, which: int) -> None:
-    check(program, folder, which)
+@given(cases("bcq_linear"), st.integers(0, 1))
+def test_packed_chains(folder: Path, case: Case, which: int) -> None:
+    check(case.program, folder, which)

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import interpreting
 from torch import Tensor
 
-from rewriter.kernels.shift_add import codec, launch, reference
+from rewriter.kernels.launching import Unsupported
+from rewriter.kernels.shift_add import codec, gradients, launch, launch_gradients, op, reference
+from rewriter.kernels.spec import REGISTRY
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TERMS = {2: (1,), 3: (1,), 4: (1, 2), 5: (1,), 6: (1, 2, 3), 7: (1,), 8: (1, 2, 4)}
@@ -120,3 +124,144 @@ def test_linear_is_the_reference(data: st.DataObject, case: Case, biased: bool, 
     golden = case.linear(reference, x.double(), None if bias is None else bias.double(), wide=True)
     assert found.is_contiguous()
     judge(found, case.linear(reference, x, bias), golden, total(case, x, bias))
+
+
+NON_FINITE = (float("inf"), float("-inf"), float("nan"))
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.data(), weights(), st.sampled_from(NON_FINITE), st.booleans())
+def test_what_is_not_finite_goes_where_the_reference_sends_it(
+    data: st.DataObject, case: Case, value: float, in_scale: bool
+) -> None:
+    """A table of sums makes NaN of infinite activations under opposite signs, where a decoded weight makes infinity."""
+    x = data.draw(activations(case.width)).clone()
+    if in_scale:
+        case.scale.view(-1)[data.draw(st.integers(0, case.scale.numel() - 1))] = value
+    else:
+        x[..., data.draw(st.integers(0, case.width - 1))] = value
+    with interpreting():
+        found = case.linear(launch, x, None)
+    own = case.linear(reference, x, None)
+    assert torch.equal(found.isfinite(), own.isfinite())
+    if x.numel() > case.width:
+        assert torch.equal(found.isnan(), own.isnan())
+
+
+def test_float64_and_wrong_shapes_are_refused() -> None:
+    codes, scale = torch.zeros(3, 2, 2, dtype=torch.uint8), torch.ones(3, 1, 2)
+    with interpreting(), pytest.raises(Unsupported, match="float64"):
+        launch.bcq_linear(torch.ones(2, 16, dtype=torch.float64), codes, scale, None, None, 16, 16)
+    with interpreting(), pytest.raises(ValueError, match="in_features=16"):
+        launch.bcq_linear(torch.ones(2, 15), codes, scale, None, None, 16, 16)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (16,)])
+def test_batches_of_none_and_a_single_vector(shape: tuple[int, ...]) -> None:
+    codes, scale = torch.full((3, 2, 2), 255, dtype=torch.uint8), torch.ones(3, 1, 2)
+    with interpreting():
+        found = launch.bcq_linear(torch.ones(shape), codes, scale, None, None, 16, 16)
+    assert torch.equal(found, torch.full((*shape[:-1], 3), 32.0))
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@settings(deadline=None, max_examples=16)
+@given(st.data(), weights())
+def test_the_input_gradient_is_the_reference(data: st.DataObject, case: Case) -> None:
+    grad = data.draw(activations(case.codes.shape[0], (1, 17, 70)))
+    tensors, numbers = case.arguments()
+    with interpreting():
+        found = getattr(launch_gradients, f"{case.format}_linear_backward_x")(grad, *tensors, *numbers)
+    own = formula(f"{case.format}_x")(grad, *tensors, *numbers)
+    tensors, numbers = case.arguments(wide=True)
+    golden = formula(f"{case.format}_x")(grad.double(), *tensors, *numbers)
+    judge(found, own, golden, grad.double().abs() @ case.dense().abs())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.data(), weights(), st.sampled_from(("scale", "levels")))
+def test_gradients_of_scales_and_levels_are_the_reference(data: st.DataObject, case: Case, wanted: str) -> None:
+    wanted = wanted if case.format == "level" else "scale"
+    x = data.draw(activations(case.width, (0, 1, 17, 70)))
+    grad = normal(torch.Generator().manual_seed(3), *x.shape[:-1], case.codes.shape[0], dtype=x.dtype)
+    tensors, numbers = case.arguments()
+    with interpreting():
+        found = getattr(launch_gradients, f"{case.format}_linear_backward_{wanted}")(grad, x, *tensors, *numbers)
+    name = f"{case.format}_{wanted}"
+    own = formula(name)(grad, x, *tensors, *numbers)
+    tensors, numbers = case.arguments(wide=True)
+    golden = formula(name)(grad.double(), x.double(), *tensors, *numbers)
+    rows = x.reshape(-1, case.width).double().abs()
+    largest = case.scale.double().abs().max() if wanted == "levels" else unit_size(case)
+    summed = grad.reshape(len(rows), -1).double().abs().t() @ rows * largest
+    judge(found, own, golden, summed.sum() if wanted == "levels" else summed.sum(-1).max())
+
+
+def formula(name: str) -> Callable[..., Tensor]:
+    reference: Callable[..., Tensor] = REGISTRY[getattr(gradients, name)].reference
+    return reference
+
+
+def unit_size(case: Case) -> float:
+    """An upper bound of ∂w/∂scale."""
+    if case.format == "level":
+        assert case.table is not None
+        return float(case.table.double().abs().max())
+    return float(case.bits)
+
+
+@pytest.mark.parametrize("format", ["bcq", "pot", "level"])
+def test_training_on_a_gpu_uses_the_kernels(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward calls the gradient operators there, and their kernels give what autograd gives here."""
+    case = weights_of(format)
+    x = normal(torch.Generator().manual_seed(1), 3, case.width, dtype=torch.float32).requires_grad_()
+    tensors, numbers = case.arguments()
+    leaves = [x, *(t.requires_grad_() for t in tensors if t is not None and t.is_floating_point())]
+
+    def train() -> tuple[Tensor, ...]:
+        out = getattr(op, f"{format}_linear")(x, *tensors, None, *numbers)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    expected = train()
+    called: list[str] = []
+    for name, overload in vars(gradients).items():
+        if isinstance(overload, torch._ops.OpOverload):
+            monkeypatch.setattr(gradients, name, recording(overload, called))
+    monkeypatch.setattr(gradients, "on_gpu", lambda x: True)
+    for a, b in zip(train(), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(called) == len(leaves)
+
+
+def recording(overload: torch._ops.OpOverload, called: list[str]) -> Callable[..., Tensor]:
+    def call(*args: Any) -> Tensor:
+        name = overload.name().split("::")[1]
+        called.append(name)
+        with interpreting():
+            result: Tensor = getattr(launch_gradients, name)(*args)
+        return result
+
+    return call
+
+
+def weights_of(format: str) -> Case:
+    g = torch.Generator().manual_seed(0)
+    if format == "bcq":
+        codes = codec.pack_bits(torch.randint(0, 2, (5, 3, 21), generator=g))
+        return Case(format, codes, normal(g, 5, 3, 3, dtype=torch.float32), None, 3, 1, 8, 21)
+    codes = codec.pack_stream(torch.randint(0, 16, (5, 21), generator=g), 4)
+    table = normal(g, 16, dtype=torch.float32) if format == "level" else None
+    return Case(format, codes, normal(g, 5, 3, dtype=torch.float32), table, 4, 1, 8, 21)
+
+
+@pytest.mark.parametrize("format", ["bcq", "pot", "level"])
+def test_opcheck_of_the_gradients(format: str) -> None:
+    case = weights_of(format)
+    x = normal(torch.Generator().manual_seed(1), 2, 3, case.width, dtype=torch.float32)
+    grad = normal(torch.Generator().manual_seed(2), 2, 3, 5, dtype=torch.float32)
+    tensors, numbers = case.arguments()
+    torch.library.opcheck(getattr(gradients, f"{format}_x"), (grad, *tensors, *numbers))
+    for wanted in ("scale", "levels") if format == "level" else ("scale",):
+        torch.library.opcheck(getattr(gradients, f"{format}_{wanted}"), (grad, x, *tensors, *numbers))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rewriter.kernels.after_head import reference as after
 from rewriter.kernels.launching import Unsupported
+from rewriter.kernels.native import library
 from rewriter.kernels.vq_logits import codec, native, op, reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -144,6 +146,17 @@ def test_product(head: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
     h, codebook, codes, bias = head
     golden = reference.product_logits(h.double(), codebook.double(), codes, None if bias is None else bias.double())
     near(native.vq_logits_product(*head), reference.product_logits(*head), golden)
+
+
+def test_product_without_the_widest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors without byte permutations run another function for one row."""
+    narrow = library(native._HERE / "product.cpp", {}, native._PRODUCT, (*native._FLAGS, *_without_avx512()))
+    monkeypatch.setattr(native, "_product", lambda: narrow)
+    test_product()
+
+
+def _without_avx512() -> tuple[str, ...]:
+    return ("-mno-avx512f",) if platform.machine() in ("x86_64", "AMD64") else ()
 
 
 # --------------------------------------------------------------------------------------- what is left to the reference

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of `linear_cross_entropy`, interpreted, against the reference in float64; gradients as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreter import interpreting
+from torch import Tensor
+
+from rewriter.kernels.cross_entropy import gradient, launch, op, reference
+from rewriter.kernels.launching import Unsupported
+from rewriter.kernels.spec import REGISTRY
+
+IGNORED = -100
+
+
+def drawn(
+    rows: int, classes: int, width: int, dtype: torch.dtype, seed: int, *, bias: bool, weighted: bool, smoothing: float,
+    softcap: float | None, chunk: int, transposed: bool = False, weight_dtype: torch.dtype | None = None,
+) -> list[Any]:  # fmt: skip
+    """Arguments of one call; every third target is ignored."""
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    x = random(width, rows).t() if transposed else random(rows, 2 * width)[:, ::2]
+    weight = random(width, classes).t() if transposed else random(classes, width)
+    target = torch.randint(0, classes, (rows,), generator=g)
+    target[::3] = IGNORED
+    return [
+        x.to(dtype), (weight / width**0.5).to(weight_dtype or dtype), random(classes).to(dtype) if bias else None, target,
+        random(classes).abs() + 0.1 if weighted else None, IGNORED, smoothing, softcap, chunk,
+    ]  # fmt: skip
+
+
+def golden(args: list[Any]) -> list[Any]:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def judge(got: Tensor, eager: Tensor, wanted: Tensor) -> None:
+    """No more than twice what the reference loses in that dtype, and a unit in the last place."""
+    assert got.shape == eager.shape and got.dtype == eager.dtype
+    if not got.numel():
+        return
+    allowed = 2 * (eager.double() - wanted).abs().max() + torch.finfo(got.dtype).eps * wanted.abs().max()
+    assert float((got.double() - wanted).abs().max()) <= float(allowed)
+
+
+def check(args: list[Any], needed: list[bool], which: int = 0) -> None:
+    """Loss, log Z and all gradients of one call."""
+    rows = args[0].shape[0]
+    g = torch.Generator().manual_seed(rows)
+    grads = [torch.randn(rows, generator=g), torch.randn(rows, generator=g)]
+    with interpreting(which):
+        loss, log_z = launch.linear_cross_entropy(*args)
+        found = launch.linear_cross_entropy_backward(*grads, *args[:5], log_z, *args[5:], needed)
+    eager, wanted = reference.linear_cross_entropy(*args), reference.linear_cross_entropy(*golden(args))
+    judge(loss, eager[0], wanted[0])
+    judge(log_z, eager[1], wanted[1])
+    its = gradient.gradients(*grads, *args[:5], eager[1], *args[5:], needed)
+    right = gradient.gradients(*golden(grads), *golden(args[:5]), wanted[1], *args[5:], needed)
+    for one, other, exact in zip(found, its, right, strict=True):
+        judge(one, other, exact)
+
+
+@settings(max_examples=12)
+@given(
+    rows=st.sampled_from([0, 1, 5, 128, 131]),
+    classes=st.sampled_from([1, 3, 64, 257, 300]),
+    width=st.sampled_from([1, 31, 32, 70]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    options=st.fixed_dictionaries(
+        {
+            "bias": st.booleans(),
+            "weighted": st.booleans(),
+            "smoothing": st.sampled_from([0.0, 0.2, 1.0]),
+            "softcap": st.sampled_from([None, 1.5, 30.0]),
+            "chunk": st.sampled_from([100, 256, 1000]),
+            "transposed": st.booleans(),
+            "weight_dtype": st.sampled_from([None, torch.float32]),
+        }
+    ),
+    which=st.integers(0, 1),
+    seed=st.integers(0, 999),
+)
+def test_any_shape_stride_dtype_and_option(
+    rows: int, classes: int, width: int, dtype: torch.dtype, options: dict[str, Any], which: int, seed: int
+) -> None:
+    args = drawn(rows, classes, width, dtype, seed, **options)
+    check(args, [True, True, options["bias"], options["weighted"]], which)
+
+
+def test_classes_are_dealt_out_and_put_together_again() -> None:
+    """700 classes and few positions: three programs of 256 classes each, the last one ragged."""
+    args = drawn(9, 700, 33, torch.float32, 0, bias=True, weighted=True, smoothing=0.1, softcap=None, chunk=512)
+    check(args, [True, True, True, True])
+
+
+def test_what_is_not_asked_for_is_empty() -> None:
+    args = drawn(4, 20, 8, torch.float32, 0, bias=True, weighted=True, smoothing=0.1, softcap=None, chunk=64)
+    ones = torch.ones(4)
+    with interpreting():
+        _, log_z = launch.linear_cross_entropy(*args)
+        found = launch.linear_cross_entropy_backward(
+            ones, ones, *args[:5], log_z, *args[5:], [False, True, False, False]
+        )
+    assert [t.numel() for t in found] == [0, 160, 0, 0]
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss() -> None:
+    args = drawn(3, 300, 16, torch.float32, 5, bias=False, weighted=False, smoothing=0.0, softcap=None, chunk=256)
+    args[0] = args[0] * 1e4
+    check(args, [True, True, False, False])
+
+
+def test_infinite_and_undefined_logits() -> None:
+    """A bias of −inf forbids a class, one of inf wins; NaN spreads over its row alone."""
+    args = drawn(4, 600, 16, torch.float32, 1, bias=True, weighted=False, smoothing=0.0, softcap=None, chunk=512)
+    args[2][:256] = float("-inf")
+    args[3][:] = torch.tensor([300, 301, IGNORED, 302])
+    args[0][1] = float("nan")
+    with interpreting():
+        got = launch.linear_cross_entropy(*args)
+    torch.testing.assert_close(got, reference.linear_cross_entropy(*args), equal_nan=True)
+    args[2][:] = float("-inf")
+    with interpreting():
+        assert launch.linear_cross_entropy(*args)[1][0] == float("-inf")
+    args[2][5] = float("inf")
+    with interpreting():
+        assert launch.linear_cross_entropy(*args)[1][0] == float("inf")
+
+
+@pytest.mark.parametrize("outside", [-1, 20, 2**40])
+def test_a_target_outside_the_classes_makes_its_loss_undefined(outside: int) -> None:
+    args = drawn(4, 20, 8, torch.float32, 0, bias=False, weighted=True, smoothing=0.0, softcap=None, chunk=64)
+    args[3][:] = torch.tensor([1, outside, 2, IGNORED])
+    with interpreting():
+        loss, log_z = launch.linear_cross_entropy(*args)
+    assert loss.isnan().tolist() == [False, True, False, False] and log_z.isfinite().all()
+
+
+def test_float64_is_left_to_the_reference() -> None:
+    args = drawn(2, 3, 4, torch.float64, 0, bias=False, weighted=False, smoothing=0.0, softcap=None, chunk=64)
+    with pytest.raises(Unsupported, match="float64"):
+        launch.linear_cross_entropy(*args)
+
+
+# --------------------------------------------------------------------------------------- the gradient's operator
+
+
+@pytest.mark.parametrize("needed", [[True] * 4, [True, False, False, False]], ids=["all", "x"])
+def test_opcheck_of_the_gradient(needed: list[bool]) -> None:
+    args = drawn(4, 20, 8, torch.float32, 0, bias=True, weighted=True, smoothing=0.1, softcap=3.0, chunk=8)
+    log_z = reference.linear_cross_entropy(*args)[1]
+    call = (torch.ones(4), torch.ones(4), *args[:5], log_z, *args[5:], needed)
+    torch.library.opcheck(op.linear_cross_entropy_backward, call)
+
+
+def test_training_through_the_operator_a_gpu_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager and compiled, the gradients are those of differentiable aten."""
+    args = drawn(6, 40, 8, torch.float32, 3, bias=True, weighted=False, smoothing=0.1, softcap=None, chunk=16)
+    args[:3] = [a.contiguous().requires_grad_() for a in args[:3]]
+
+    def gradients(function: Any) -> tuple[Tensor, ...]:
+        loss, log_z = function(*args)
+        return torch.autograd.grad(loss.sum() + log_z.square().sum(), args[:3])
+
+    wanted = gradients(op.linear_cross_entropy)
+    monkeypatch.setattr(op, "on_device", lambda tensor: True)
+    torch._dynamo.reset()
+    for function in (
+        op.linear_cross_entropy,
+        torch.compile(op.linear_cross_entropy, backend="aot_eager", fullgraph=True),
+    ):
+        for one, other in zip(gradients(function), wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_cost_of_the_gradient_counts_the_products_asked_for() -> None:
+    args = drawn(4, 20, 8, torch.float32, 0, bias=False, weighted=False, smoothing=0.0, softcap=None, chunk=8)
+    cost = REGISTRY[op.linear_cross_entropy_backward].cost
+    call = (torch.ones(4), torch.ones(4), *args[:5], torch.ones(4), *args[5:])
+    both, one = cost(*call, [True, True, False, False]), cost(*call, [True, False, False, False])
+    assert both.flops - one.flops == 2 * 4 * 20 * 8
+    assert both.bytes_written - one.bytes_written == 4 * 20 * 8
