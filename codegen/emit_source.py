@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from rewriter.codegen import emit_configs
-from rewriter.codegen.emit_expressions import CASTS, ELEMENTS, EXPRESSIONS, Call, Unfit, formula
+from rewriter.codegen.emit_expressions import CASTS, ELEMENTS, EXPRESSIONS, Call, Unfit, formula, name_of
 from rewriter.codegen.emit_regions import Operand, Region
 from rewriter.codegen.emit_templates import (
     ROWS,
@@ -214,13 +214,13 @@ class _Writer:
         put = self._insertions()
         site = _pattern(module_path(self.region.anchor))
         slug = "_".join(re.findall(r"[A-Za-z][A-Za-z_0-9]*", site)[-2:]) or "site"
-        written = self._formula(self.region.root, {})
+        written = self._formulas()
         kernels = {kernel.name: f"{slug}_{kernel.name}" for kernel in self.kernels}
         parts = [
             self._head(site, written),
             "",
             f'SCHEMA = "{self._schema()}"',
-            self._reference(written),
+            self._reference(),
             *(specialised(kernel, kernels[kernel.name], put, ELEMENTS[self.dtype]) for kernel in self.kernels),
             self._table(kernels),
             self._run(),
@@ -229,11 +229,18 @@ class _Writer:
         text = "\n\n\n".join(parts) + "\n"
         content = digest(text)
         text = text.replace(MARK, MARK + content, 1)
-        return Source(f"{slug}_{content}", text, tuple(self.arguments), written, tuple(kernels))
+        return Source(f"{slug}_{content}", text, tuple(self.arguments), "; ".join(written), tuple(kernels))
 
-    def _head(self, site: str, written: str) -> str:
+    def _formulas(self) -> list[str]:
+        """The result in terms of the product, and the product."""
+        anchor = self.region.anchor
+        product = self._formula(anchor, {})
+        return [self._formula(self.region.root, {anchor: "y"}), f"y = {product}"] if self.region.epilogue else [product]
+
+    def _head(self, site: str, written: Sequence[str]) -> str:
         rule = provenance(self.region.anchor).get("rule", "none: it is the model's own")
         fused = ", ".join(name_of(node) for node in self.region.fused)
+        formulas = "\n#           ".join(written)
         return f"""\
 # Emitted by rewriter.codegen.emitting, version {VERSION}. It runs without the generator; edits are refused by the hash.
 #
@@ -241,7 +248,7 @@ class _Writer:
 # operator  {self.region.anchor.target}
 # rule      {rule}
 # fused     {fused}
-# formula   {written}
+# formula   {formulas}
 {MARK}"""
 
     def _imports(self, text: str) -> str:
@@ -279,9 +286,9 @@ class _Writer:
             return [line]
         return [f"def {name}(", *(f"    {argument}," for argument in given), ") -> torch.Tensor:"]
 
-    def _reference(self, written: str) -> str:
+    def _reference(self) -> str:
         names = {**self.values, **self.arguments}
-        lines = [*self._signature("reference"), f'    """{written}, operator by operator."""']
+        lines = [*self._signature("reference"), '    """The nodes the kernel stands for, one by one."""']
         nodes = (*self.region.prologue, self.region.anchor, *self.region.epilogue)
         for node in nodes:
             target = "return" if node is nodes[-1] else f"{self.values[node]} ="
@@ -304,7 +311,7 @@ class _Writer:
             configs = emit_configs.fitting(kernel, self._pressure())
             lines.append(f'    "{kernel.name}": Specialised(')
             lines.append(f"        {kernels[kernel.name]},")
-            lines.append(f"        folded={_table(kernel.folded)},")
+            lines += ["        folded={", *(f"            {entry}," for entry in _entries(kernel.folded)), "        },"]
             lines.append("        configs=(")
             lines += [f"            {_config(config)}," for config in configs]
             lines += ["        ),", "    ),"]
@@ -315,44 +322,46 @@ class _Writer:
         return sum(operand.form == "tile" for operand in self.region.after)
 
     def _run(self) -> str:
-        lines = [*self._signature("run"), '    """The same by the kernel. Raises Unsupported."""']
-        entries: list[str] = []
-        sizes = dict.fromkeys((o.node for o in self.region.before), self.features)
-        sizes |= dict.fromkeys((o.node for o in self.region.after), self.columns)
-        for node, name in self.locals.items():
-            given, operand = self.arguments[node], self._operand(node)
-            if node.meta["val"].dtype is torch.bool:  # kernels read bytes
-                given = f"{given}.view(torch.uint8)"
-            if operand.form == "tile":
-                lines.append(f"    {name} = flat({given}, {sizes[node]})")
-                entries += [f'"{name}_ptr": {name}', f'"{name}_stride": {name}.stride(0)']
-            else:
-                entries.append(f'"{name}_ptr": {given}.contiguous()')
-            if self._limited(operand):
-                entries.append(
-                    f'"{name}_rows": {name}.shape[0]' if operand.form == "tile" else f'"{name}_rows": {given}.numel()'
-                )
+        lines = [*self._signature("run"), '    """The same by the kernels. Raises Unsupported."""']
         names = {**self.values, **self.arguments}
-        names[self.activations] = names[self.main.node] if self.main else names[self.activations]
         options = ""
-        if self.main is not None and self.main.node.meta["val"].dtype is not self.dtype:
-            x = self.arguments[self.main.node]
-            lines.append(f"    {x} = {x}.contiguous()")
-            lines.append(
-                f"    seen = torch.empty_like({x}, dtype={self.dtype})  # what the operator is to see; not read"
-            )
-            names[self.activations] = "seen"
-            options += f", standing_in=(seen, {x})"
+        if self.main is not None:
+            names[self.activations] = x = self.arguments[self.main.node]
+            if self.main.node.meta["val"].dtype is not self.dtype:
+                lines.append(f"    {x} = {x}.contiguous()")
+                lines.append(
+                    f"    seen = torch.empty_like({x}, dtype={self.dtype})  # what the operator is to see; not read"
+                )
+                names[self.activations] = "seen"
+                options += f", standing_in=(seen, {x})"
         if self.region.root.meta["val"].dtype is not self.region.anchor.meta["val"].dtype:
             options += f", dtype={self.region.root.meta['val'].dtype}"
+        entries: list[str] = []
+        for node, name in self.locals.items():
+            made, added = self._passed(self._operand(node), name)
+            lines += made
+            entries += added
         args = ", ".join(_literal(value, names) for value in self.given.values())
-        lines += (
-            ["    operands = {", *(f"        {entry}," for entry in entries), "    }"]
-            if entries
-            else ["    operands = {}"]
-        )
-        call = f"fused(implementation, ({args}), KERNELS, operands{options})"
-        return "\n".join([*lines, f"    return {call}{self._shaped()}"])
+        lines += ["    operands = {", *(f"        {entry}," for entry in entries), "    }"] if entries else []
+        passed = "operands" if entries else "{}"
+        call = f"    return fused(implementation, ({args}), KERNELS, {passed}{options}){self._shaped()}"
+        if len(call) > LINE:
+            lines += [f"    args = ({args})"]
+            call = call.replace(f"({args})", "args", 1)
+        return "\n".join([*lines, call])
+
+    def _passed(self, operand: Operand, name: str) -> tuple[list[str], list[str]]:
+        """Lines that prepare an operand, and its entries among the kernel's arguments."""
+        given = self.arguments[operand.node]
+        if operand.node.meta["val"].dtype is torch.bool:  # kernels read bytes
+            given = f"{given}.view(torch.uint8)"
+        if operand.form != "tile":
+            entries = [f'"{name}_ptr": {given}.contiguous()']
+            return [], entries + ([f'"{name}_rows": {given}.numel()'] if self._limited(operand) else [])
+        width = self.features if operand in self.region.before else self.columns
+        entries = [f'"{name}_ptr": {name}_flat', f'"{name}_stride": {name}_flat.stride(0)']
+        entries += [f'"{name}_rows": {name}_flat.shape[0]'] if self._limited(operand) else []
+        return [f"    {name}_flat = flat({given}, {width})"], entries
 
     def _operand(self, node: Node) -> Operand:
         return next(o for o in (*self.region.before, *self.region.after) if o.node is node)
@@ -408,15 +417,11 @@ def _literal(value: Any, names: Mapping[Node, str]) -> str:
     raise Unfit(f"{value!r} cannot be written down")
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    """A dictionary of numbers, flags and words."""
-    return (
-        "{"
-        + ", ".join(f'"{name}": ' + (f'"{v}"' if isinstance(v, str) else repr(v)) for name, v in values.items())
-        + "}"
-    )
+def _entries(values: Mapping[str, Any]) -> list[str]:
+    """Of a dictionary of numbers, flags and words."""
+    return [f'"{name}": ' + (f'"{value}"' if isinstance(value, str) else repr(value)) for name, value in values.items()]
 
 
 def _config(config: Any) -> str:
     only = f', only="{config.only}"' if config.only else ""
-    return f"Config({_table(config.constants)}, num_warps={config.num_warps}, num_stages={config.num_stages}{only})"
+    return f"Config({{{', '.join(_entries(config.constants))}}}, num_warps={config.num_warps}, num_stages={config.num_stages}{only})"

@@ -213,13 +213,16 @@ def specialised(hooked: Hooked, name: str, put: Insertions, operand: str) -> str
     lines = source.splitlines()
     definition = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
     decorators = lines[definition.decorator_list[0].lineno - 1 : definition.lineno - 1]
-    body = lines[_header_end(source, definition.lineno) :]
+    end = _header_end(source, definition.lineno)
+    body = lines[end:]
     if put.prologue and PROLOGUE not in source:
         raise Unfit(f"{kernel.__name__} has no prologue hook")
     constants = [f"    {key}: tl.constexpr = {value!r}" for key, value in folded.items()]
-    return "\n".join(
-        [*decorators, *_signature(definition, name, folded, put.parameters), *constants, *_hooked_lines(body, put)]
-    )
+    header = _signature(definition, name, folded, put.parameters)
+    # A docstring stays the first statement.
+    documented = isinstance(definition.body[0], ast.Expr) and isinstance(definition.body[0].value, ast.Constant)
+    first = (definition.body[0].end_lineno or 0) - end if documented else 0
+    return "\n".join([*decorators, *header, *body[:first], *constants, *_hooked_lines(body[first:], put)])
 
 
 def _signature(definition: ast.FunctionDef, name: str, folded: Mapping[str, Any], new: Sequence[str]) -> list[str]:

@@ -158,7 +158,9 @@ class _Emit(Rule):
         path, operator = module_path(region.anchor), str(region.anchor.target)
         values = tuple(node.meta["val"] for node in source.arguments)
         names = tuple(str(node.target).removeprefix("aten.") for node in region.fused)
-        self.sites.append(EmittedSite(path, operator, names, source.formula, source.kernels, emitted, region.miss))
+        self.sites.append(
+            EmittedSite(path, operator, names, source.formula, source.kernels, emitted, region.miss, values)
+        )
         return {match.root: edit.call(emitted.operator, *source.arguments)}
 
 

@@ -13,7 +13,7 @@ from rewriter.declaring import rule
 from rewriter.decoding import DecodeState
 from rewriter.errors import UntrainedWarning
 from rewriter.evaluation import Evaluation, evaluate
-from rewriter.exporting import export_onnx
+from rewriter.exporting import export_mlir, export_onnx
 from rewriter.finding import explain, find
 from rewriter.matcher import Match, Miss
 from rewriter.optimized import Optimized

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports for others: ONNX for any runtime, ``.pt2`` for PyTorch."""
+"""Exports for others: ONNX for any runtime, MLIR for other compilers, ``.pt2`` for PyTorch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rewriter.optimized import Optimized
 from rewriter.program import Program
 
 if TYPE_CHECKING:
+    from rewriter.codegen.mlir import MlirExport
     from rewriter.codegen.onnx_export import ExportResult
 
 
@@ -50,6 +51,44 @@ def export_onnx(
         opset=opset,
         contrib=contrib,
     )
+
+
+def export_mlir(
+    model_or_optimized: nn.Module | Optimized | Program,
+    path: str | Path,
+    dialect: str = "torch",
+    *,
+    static: bool = False,
+) -> MlirExport:
+    """Write MLIR made by torch-mlir (extra ``mlir``): one function ``main`` of flat tensors, weights inside.
+
+    Operators of this package are inlined as aten; codes stay packed bytes. Locations are module paths.
+
+    Args:
+        model_or_optimized: an :class:`Optimized`, a :class:`Program`, or any module with inferable inputs.
+        path: the file: bytecode where it ends in ``.mlirbc``, else text.
+        dialect: ``torch``, ``linalg-on-tensors``, ``stablehlo`` or ``tosa``.
+        static: fix every size to the example's; all dialects but ``torch`` need it where sizes are dynamic.
+
+    Raises:
+        ExportError: torch-mlir is not installed, an operator without lowering (with its site), dynamic sizes where the
+            dialect has none, or an unwritable path.
+        CaptureError: a module that cannot be captured.
+    """
+    from rewriter.codegen import mlir
+
+    check_writable(path)
+    mlir.check_dialect(dialect)
+    program = _program(model_or_optimized)
+    module = mlir.lower(
+        program.graph_module,
+        program.example,
+        dialect,
+        static=static,
+        input_names=program.input_names(),
+        output_names=program.output_names(),
+    )
+    return mlir.write(module, path)
 
 
 def export_pt2(model_or_optimized: nn.Module | Optimized | Program, path: str | Path) -> None:

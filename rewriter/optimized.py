@@ -309,6 +309,12 @@ class Optimized(nn.Module):
 
         return export_onnx(self, path, opset=opset, contrib=contrib)
 
+    def export_mlir(self, path: str | Path, dialect: str = "torch", *, static: bool = False) -> Any:
+        """Write MLIR by torch-mlir (extra ``mlir``); see :func:`rewriter.export_mlir`."""
+        from rewriter.exporting import export_mlir
+
+        return export_mlir(self, path, dialect, static=static)
+
     def export_pt2(self, path: str | Path) -> None:
         """Write a ``.pt2`` archive for others. Reading one is trusting its author (it unpickles)."""
         from rewriter.exporting import export_pt2

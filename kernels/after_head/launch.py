@@ -200,7 +200,6 @@ SHIPPED = (
     ),
     Shipped("after_head topk 50, 1", topk, lambda: (*shipped.head(1, torch.bfloat16), 50), "mma"),
     Shipped("after_head topk of a dense head, 64", linear_topk, lambda: (*_dense(64, torch.bfloat16), 50)),
-    Shipped("after_head topk of a dense head, 4096", linear_topk, lambda: (*_dense(4096, torch.float16), 50)),
     Shipped("after_head logsumexp of a dense head, 4096", linear_logsumexp, lambda: _dense(4096, torch.bfloat16)),
     Shipped(
         "after_head logsumexp of a dense head, backward, 4096",

@@ -50,7 +50,7 @@ def linear_cross_entropy(
     """As the reference. ``chunk`` changes nothing: a tile of logits never leaves the chip."""
     check(x, weight, bias, target, class_weight, label_smoothing, softcap, chunk)
     _refuse(x, weight)
-    flat, which = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous()
+    flat, which = x.reshape(x.shape[:-1].numel(), x.shape[-1]), target.reshape(-1).contiguous()
     count, classes = flat.shape[0], weight.shape[0]
     share = _share(count, classes)
     programs = triton.cdiv(classes, share)
@@ -94,7 +94,7 @@ def linear_cross_entropy_backward(
 ) -> Gradients:
     """As `gradient.gradients`: ``chunk`` is how many classes' logit gradients exist at a time, in the dtype of x."""
     _refuse(x, weight)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     count, classes = flat.shape[0], weight.shape[0]
     blocks = triton.cdiv(count, _ROWS)
     to_x = torch.zeros_like(flat, dtype=torch.float32) if needed[0] else None

@@ -40,11 +40,13 @@ class Emitted:
         path: the file.
         module: its ``SCHEMA``, ``reference``, ``run`` and ``KERNELS``.
         operator: registered with torch.
+        on_device: what the operator runs on a GPU: the kernel, or the reference for what it was not made for.
     """
 
     path: Path
     module: ModuleType
     operator: OpOverload
+    on_device: Callable[..., Tensor]
 
 
 # By operator, every file loaded in this process.
@@ -109,7 +111,7 @@ def _register(path: Path, module: ModuleType, name: str) -> Emitted:
     overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     for device in ("CPU", "CUDA"):  # every replaced node under autocast's own rule
         _LIBRARY.impl(name, reference, f"Autocast{device}")
-    return Emitted(path, module, overload)
+    return Emitted(path, module, overload, on_device)
 
 
 def _one_by_one(op: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:

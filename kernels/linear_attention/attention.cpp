@@ -32,6 +32,8 @@ struct Call {
   int64_t decay_batch, decay_head, decay_row;
   const float *state, *normaliser;  // [batch, states, F, Dv], [batch, states, F]; null: zeros
   float *out, *state_out, *normaliser_out;  // out [batch, heads, time, Dv]
+  void *k_left, *v_left, *map_left;         // the last window − 1 positions, dtypes as they came; null: not wanted
+  uint8_t* keep_left;
   int64_t batch, heads, states, length, before, window, absolute, normalise, threads;
   float scale, map_factor;         // of the scores; of the features of every query
 };
@@ -40,56 +42,93 @@ struct Call {
 
 namespace {
 
-// One thread's buffers. Widths are padded to vectors, rows to tiles; what no input fills stays zero.
+// One thread's buffers, kept from call to call: a single token's work is less than that of the first touch of new memory.
+// Widths are padded to vectors, rows to tiles; what no input fills was zeroed when the sizes last changed, and stays so.
 struct Scratch {
-  int64_t D, F, V, rows;
-  float *keys, *values, *features, *queries, *query_map, *turned, *scores, *linear, *memory, *sum, *out, *running, *running_low;
+  int64_t D = -1, F = -1, V = -1, rows = -1;
+  float *keys, *values, *features, *queries, *query_map, *turned, *scores, *linear, *memory, *sum, *out;
+  float *running, *running_low;
   uint8_t* visible;
-  float* block;
+  float* block = nullptr;
 
-  static void place(float*& p, float*& next, int64_t n) {
-    p = next;
-    next += up(n, 16);
-  }
-
-  explicit Scratch(const Call& c)
-      : D(c.window ? up(c.q.width, LANES) : 0), F(up(c.q_map.width, LANES)),
-        V(up(c.v.width, LANES)), rows(up(std::max<int64_t>(c.window - 1, 0) + BLOCK, 64)) {
-    const int64_t total = rows * (D + V + 2 * BLOCK + 3) + BLOCK * (2 * F + 2 * D + V) + F * (V + 1 + BLOCK) +
-                          std::max(D, F) * BLOCK + 16 * 16;
-    block = static_cast<float*>(std::aligned_alloc(64, up(total * 4, 64)));
-    if (!block) std::abort();
-    std::memset(block, 0, total * 4);
-    float *next = block, *flags;
-    place(keys, next, rows * D);
-    place(values, next, rows * V);
-    place(features, next, BLOCK * F);
-    place(queries, next, D * BLOCK);
-    place(query_map, next, F * BLOCK);
-    place(turned, next, std::max(D, F) * BLOCK);
-    place(scores, next, rows * BLOCK);
-    place(linear, next, rows * BLOCK);
-    place(memory, next, F * V);
-    place(sum, next, F);
-    place(out, next, BLOCK * V);
-    place(running, next, rows);
-    place(running_low, next, rows);
-    place(flags, next, rows / 4);
-    visible = reinterpret_cast<uint8_t*>(flags);
-  }
   ~Scratch() { std::free(block); }
+
+  // Sets the pointers, from `block` on; returns how many floats they need.
+  int64_t lay_out() {
+    int64_t used = 0;
+    const auto place = [&](float*& p, int64_t n) {
+      if (block) p = block + used;
+      used += up(n, 16);
+    };
+    float* flags = nullptr;
+    place(keys, rows * D);
+    place(values, rows * V);
+    place(features, BLOCK * F);
+    place(queries, D * BLOCK);
+    place(query_map, F * BLOCK);
+    place(turned, std::max(D, F) * BLOCK);
+    place(scores, rows * BLOCK);
+    place(linear, rows * BLOCK);
+    place(memory, F * V);
+    place(sum, F);
+    place(out, BLOCK * V);
+    place(running, rows);
+    place(running_low, rows);
+    place(flags, rows / 4);
+    visible = reinterpret_cast<uint8_t*>(flags);
+    return used;
+  }
+
+  void fit(const Call& c) {
+    const int64_t d = c.window ? up(c.q.width, LANES) : 0, f = up(c.q_map.width, LANES), v = up(c.v.width, LANES);
+    const int64_t r = up(std::max<int64_t>(c.window - 1, 0) + BLOCK, 64);
+    if (d == D && f == F && v == V && r == rows) return;
+    D = d, F = f, V = v, rows = r;
+    std::free(block);
+    block = nullptr;
+    const int64_t bytes = up(lay_out() * 4, 64);
+    block = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (!block) std::abort();
+    std::memset(block, 0, bytes);
+    lay_out();
+  }
 };
+
+thread_local Scratch scratch;
+
+// Whether there is a token at a position; the past's come first
+bool kept(const Call& c, int64_t batch, int64_t position) {
+  if (position < 0) return false;
+  if (position < c.before) return !c.past_keep || c.past_keep[batch * c.before + position];
+  return !c.keep || c.keep[batch * c.length + position - c.before];
+}
+
+// The last window − 1 positions of one head, zeros where there is none
+void leave(const Call& c, int64_t batch, int64_t head, const Rows& now, const Rows& past, void* left) {
+  const int64_t slots = c.window - 1, bytes = now.width * (now.type == 0 ? 4 : 2);
+  char* to = static_cast<char*>(left) + (batch * now.heads + head) * slots * bytes;
+  for (int64_t slot = 0; slot < slots; ++slot, to += bytes) {
+    const int64_t position = c.before + c.length - slots + slot;
+    if (!kept(c, batch, position)) std::memset(to, 0, bytes);
+    else if (position < c.before) std::memcpy(to, at(past, batch, head, now.heads, position), bytes);
+    else std::memcpy(to, at(now, batch, head, now.heads, position - c.before), bytes);
+  }
+}
+
+void leave_all(const Call& c) {
+  for (int64_t batch = 0; batch < c.batch; ++batch) {
+    for (int64_t h = 0; h < c.k.heads; ++h) leave(c, batch, h, c.k, c.past_k, c.k_left);
+    for (int64_t h = 0; h < c.v.heads; ++h) leave(c, batch, h, c.v, c.past_v, c.v_left);
+    for (int64_t h = 0; c.map_left && h < c.k_map.heads; ++h) leave(c, batch, h, c.k_map, c.past_map, c.map_left);
+    for (int64_t slot = 0; slot < c.window - 1; ++slot)
+      c.keep_left[batch * (c.window - 1) + slot] = kept(c, batch, c.before + c.length - (c.window - 1) + slot);
+  }
+}
 
 struct Head {
   const Call& c;
   Scratch& s;
-  int64_t batch, state, reach;
-
-  bool kept(int64_t position) const {
-    if (position < 0) return false;
-    if (position < c.before) return !c.past_keep || c.past_keep[batch * c.before + position];
-    return !c.keep || c.keep[batch * c.length + position - c.before];
-  }
+  int64_t batch, state, reach;  // reach: rows before a block's own
 
   // Rows of the block: positions first, first + 1, …; zeros where there is padding or nothing
   void gather(const Rows& now, const Rows& past, int64_t first, int64_t count, float* to, int64_t width) {
@@ -192,13 +231,14 @@ struct Head {
     for (int64_t from = 0; from < lanes; from += LANES) {
       const int64_t end = std::min(rows, from + LANES + reach);
       const int64_t first = s.F ? 0 : std::max<int64_t>(from + reach - w + 1, 0);
+      const int64_t some = std::min<int64_t>(LANES, up(n - from, TILE_ROWS));
       float* to = s.out + from * s.V;
       if (s.F) {
-        product(s.query_map + from, 1, BLOCK, s.memory, s.V, to, s.V, LANES, s.V, c.q_map.width, false);
-        for (int64_t r = 0; r < LANES; ++r)
+        product(s.query_map + from, 1, BLOCK, s.memory, s.V, to, s.V, some, s.V, c.q_map.width, false);
+        for (int64_t r = 0; r < some; ++r)
           for (int64_t i = 0; i < s.V; i += LANES) store(to + r * s.V + i, load(to + r * s.V + i) * of_state[from + r]);
       }
-      product(s.scores + first * BLOCK + from, 1, BLOCK, s.values + first * s.V, s.V, to, s.V, LANES, s.V, end - first,
+      product(s.scores + first * BLOCK + from, 1, BLOCK, s.values + first * s.V, s.V, to, s.V, some, s.V, end - first,
               s.F > 0);
     }
     for (int64_t r = 0; r < n; ++r) {
@@ -239,7 +279,7 @@ struct Head {
     }
     for (int64_t begin = 0; begin < c.length; begin += BLOCK) {
       const int64_t n = std::min(BLOCK, c.length - begin), rows = reach + n, first = c.before + begin - reach;
-      for (int64_t l = 0; l < rows; ++l) s.visible[l] = kept(first + l);
+      for (int64_t l = 0; l < rows; ++l) s.visible[l] = kept(c, batch, first + l);
       gather(c.v, c.past_v, first, rows, s.values, s.V);
       if (c.window) gather(c.k, c.past_k, first, rows, s.keys, s.D);
       if (s.F) gather(c.k_map, c.past_map, first, n, s.features, s.F);
@@ -271,7 +311,7 @@ extern "C" void windowed_linear_attention(const Call* call) {
   advise(c.out, c.batch * c.heads * c.length * c.v.width);
 #pragma omp parallel num_threads(std::min(c.threads, units))
   {
-    Scratch scratch(c);
+    scratch.fit(c);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < units; ++unit) {
       const int64_t owner = unit / split, part = unit % split, state = owner % c.states;
@@ -279,4 +319,5 @@ extern "C" void windowed_linear_attention(const Call* call) {
       Head{c, scratch, owner / c.states, state, std::max<int64_t>(c.window - 1, 0)}.run(first, first + each, part == 0);
     }
   }
+  if (c.keep_left) leave_all(c);
 }

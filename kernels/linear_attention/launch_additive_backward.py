@@ -106,7 +106,7 @@ def _key_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of q, k and the decay."""
     (batch, features, _), length, q_length = x.sizes, x.k.shape[2], x.q.shape[2]
-    [config] = configs = tiles(x, warps=8, stages=1, most_values=32)
+    [config] = configs = tiles(x, warps=8, stages=2 if x.decay.form == 2 else 1, most_values=32)
     parts = triton.cdiv(features, config.constants["BF"])
     dq = x.q.new_empty((*x.q.shape[:3], features))
     dk = x.k.new_empty((batch, x.heads, length, features), dtype=_summand(x, x.k))

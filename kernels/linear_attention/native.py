@@ -9,7 +9,7 @@ directions, a decay per feature, windows by blocks (``"terrace"``) and sinks. Gr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor
 from rewriter.kernels.launching import Unsupported
 from rewriter.kernels.linear_attention import additive, additive_op, features_op, hybrid_op, layout
 from rewriter.kernels.linear_attention.feature_maps import LARGEST
-from rewriter.kernels.linear_attention.sequence import Inputs, Past, Setting, features, nothing, state_heads
-from rewriter.kernels.native import FLAGS, library
+from rewriter.kernels.linear_attention.sequence import features, nothing, state_heads, tokens_seen
+from rewriter.kernels.native import FLAGS, library, threads
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KINDS = {kind: number for number, kind in enumerate(features_op.KINDS)}
+_GRAIN = 1 << 20  # multiplications that take longer than waking a thread
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -48,6 +49,7 @@ class _Call(ctypes.Structure):
         *((name, _POINTER) for name in ("keep", "past_keep", "gate", "map_scale", "decay")),
         *((name, _INT) for name in ("decay_batch", "decay_head", "decay_row")),
         *((name, _POINTER) for name in ("state", "normaliser", "out", "state_out", "normaliser_out")),
+        *((name, _POINTER) for name in ("k_left", "v_left", "map_left", "keep_left")),
         *((name, _INT) for name in ("batch", "heads", "states", "length", "before", "window")),
         *((name, _INT) for name in ("absolute", "normalise", "threads")),
         *((name, _FLOAT) for name in ("scale", "map_factor")),
@@ -66,38 +68,40 @@ class _Features(ctypes.Structure):
 class _Arguments:
     """A `_Call`, and the tensors it points to."""
 
-    def __init__(self, **numbers: float) -> None:
-        self.call = _Call(threads=torch.get_num_threads(), **numbers)
+    def __init__(self, work: int, **numbers: float) -> None:
+        self.call = _Call(threads=threads(work, _GRAIN), **numbers)
         self.tensors: list[Tensor] = []
 
     def rows(self, **inputs: Tensor | None) -> None:
         """``[B, h, T, width]`` in any of the three dtypes."""
         for name, x in inputs.items():
-            if x is None:
-                continue
-            x = x if x.stride(3) == 1 else x.contiguous()
-            self.tensors.append(x)
-            setattr(self.call, name, _rows(name, x))
+            if x is not None:
+                x = x if x.stride(3) == 1 else x.contiguous()
+                self.tensors.append(x)
+                setattr(self.call, name, _rows(name, x))
 
-    def dense(self, dtype: torch.dtype = torch.float32, **inputs: Tensor | None) -> None:
+    def dense(self, dtype: torch.dtype = torch.float32, **tensors: Tensor | None) -> None:
         """Contiguous in ``dtype``."""
-        for name, x in inputs.items():
-            if x is None:
-                continue
-            x = x.to(dtype).contiguous()
-            self.tensors.append(x)
-            setattr(self.call, name, x.data_ptr())
+        for name, x in tensors.items():
+            if x is not None:
+                x = x.to(dtype).contiguous()
+                self.tensors.append(x)
+                setattr(self.call, name, x.data_ptr())
 
     def decays(self, decay: Tensor | None) -> None:
         """``[B, Hs, positions]`` float32."""
-        if decay is None:
-            return
-        self.tensors.append(decay)
-        self.call.decay = decay.data_ptr()
-        self.call.decay_batch, self.call.decay_head, self.call.decay_row = decay.stride()
+        if decay is not None:
+            self.tensors.append(decay)
+            self.call.decay = decay.data_ptr()
+            self.call.decay_batch, self.call.decay_head, self.call.decay_row = decay.stride()
 
     def run(self) -> None:
         _function("attention.cpp", "windowed_linear_attention")(ctypes.byref(self.call))
+
+
+def _made(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A result before it is computed."""
+    return torch.empty(shape, dtype=dtype)
 
 
 @cache
@@ -122,7 +126,14 @@ def linear_attention(*arguments: Any) -> additive.Outputs:
         raise Unsupported("decays per feature")
     (batch, heads, length, _), states = q.shape, additive.state_heads(k, v, log_decay)
     given = _Arguments(
-        batch=batch, heads=heads, states=states, length=length, normalise=normalise == "sum", scale=1, map_factor=scale
+        _work(q, v, q, 0),
+        batch=batch,
+        heads=heads,
+        states=states,
+        length=length,
+        normalise=normalise == "sum",
+        scale=1,
+        map_factor=scale,
     )
     given.rows(q_map=q, k_map=k, v=v)
     given.dense(state=state, normaliser=normaliser)
@@ -145,6 +156,7 @@ def hybrid_attention(*arguments: Any) -> hybrid_op.Outputs:
         raise Unsupported("sinks and windows by blocks")
     (batch, heads, length, _), states = x.q.shape, state_heads(x.k, x.v, x.k_map, x.log_decay)
     given = _Arguments(
+        _work(x.q, x.v, x.q_map, setting.window),
         batch=batch,
         heads=heads,
         states=states,
@@ -167,43 +179,32 @@ def hybrid_attention(*arguments: Any) -> hybrid_op.Outputs:
     if x.log_decay is not None:
         decay = x.log_decay.float().clamp(min=layout.LOWEST_LOG_DECAY).repeat_interleave(states // len(x.log_decay))
         given.decays(decay[None, :, None].expand(batch, -1, given.call.before + length))
-    out, state, normaliser = _results(given, x.q, x.v, features(x).shape[3])
     if not with_state:
+        out, *_ = _results(given, x.q, x.v, features(x).shape[3])
         empty = nothing(x, past)
         return out, empty.k, empty.v, empty.mapped, empty.keep, empty.seen, empty.state, empty.normaliser
-    return (out, *_caches(x, past, setting), state, normaliser)
+    left = [_made((batch, t.shape[1], setting.reach, t.shape[3]), t.dtype) for t in (x.k, x.v, features(x))]
+    left.append(_made((batch, setting.reach), torch.bool))
+    given.call.k_left, given.call.v_left, given.call.map_left, given.call.keep_left = (t.data_ptr() for t in left)
+    out, state, normaliser = _results(given, x.q, x.v, features(x).shape[3])
+    return out, left[0], left[1], left[2], left[3], tokens_seen(x, past), state, normaliser
+
+
+def _work(q: Tensor, v: Tensor, q_map: Tensor | None, window: int) -> int:
+    """Multiplications, about: what decides how many threads are worth waking."""
+    features = 0 if q_map is None else q_map.shape[3]
+    return q.shape[0] * q.shape[1] * q.shape[2] * (2 * features * v.shape[3] + window * (q.shape[3] + v.shape[3]))
 
 
 def _results(given: _Arguments, q: Tensor, v: Tensor, features: int) -> additive.Outputs:
     """Run the kernel."""
     call = given.call
-    out = torch.empty((call.batch, call.heads, call.length, v.shape[3]))
-    state = torch.empty((call.batch, call.states, features, v.shape[3]))
-    normaliser = torch.empty((call.batch, call.states, features))
+    out = _made((call.batch, call.heads, call.length, v.shape[3]))
+    state = _made((call.batch, call.states, features, v.shape[3]))
+    normaliser = _made((call.batch, call.states, features))
     call.out, call.state_out, call.normaliser_out = out.data_ptr(), state.data_ptr(), normaliser.data_ptr()
     given.run()
     return out.to(q.dtype), state, normaliser
-
-
-def _caches(x: Inputs, past: Past | None, setting: Setting) -> Iterable[Tensor]:
-    """The last positions of keys, values, features and padding, and the number of tokens."""
-    length = x.k.shape[2]
-    new = min(length, setting.reach)
-    keep = None if x.keep is None else x.keep[:, length - new :]
-
-    def joined(recent: Tensor, old: Tensor | None, dim: int) -> Tensor:
-        missing = setting.reach - new
-        if not missing:
-            return layout.fresh(recent)
-        shape = list(recent.shape)
-        shape[dim] = missing
-        return torch.cat([recent.new_zeros(shape) if old is None else old.narrow(dim, -missing, missing), recent], dim)
-
-    for rows, old in ((x.k, past and past.k), (x.v, past and past.v), (features(x), past and past.mapped)):
-        yield joined(layout.only(keep, rows[:, :, length - new :]), old, 2)
-    yield joined(x.k.new_ones((len(x.k), new), dtype=torch.bool) if keep is None else keep, past and past.keep, 1)
-    seen = x.k.new_full((len(x.k),), length, dtype=torch.int64) if x.keep is None else x.keep.sum(-1)
-    yield seen if past is None else past.seen + seen
 
 
 def attention_features(
@@ -224,10 +225,11 @@ def attention_features(
     features_op.check_features(x, weight, bias, gain_weight, gain_bias, kind, scale)
     x = x if x.stride(3) == 1 else x.contiguous()
     parameters = [None if p is None else p.float().contiguous() for p in (weight, bias, gain_weight, gain_bias)]
-    out = torch.empty((*x.shape[:3], features_op.feature_count(x, weight, kind)))
+    out = _made((*x.shape[:3], features_op.feature_count(x, weight, kind)))
     columns = 0 if weight is None else weight.shape[2]
     pointers = (None if p is None else p.data_ptr() for p in (*parameters, out))
-    sizes = (x.shape[0], x.shape[2], columns, _KINDS[kind], torch.get_num_threads())
+    workers = threads(out.numel() * (x.shape[3] if columns else 8), _GRAIN)
+    sizes = (x.shape[0], x.shape[2], columns, _KINDS[kind], workers)
     call = _Features(_rows("x", x), *pointers, *sizes, scale, LARGEST)
     _function("features.cpp", "attention_features")(ctypes.byref(call))
     return out

@@ -160,7 +160,7 @@ def left_behind(x: Inputs, whole: Sequence, past: Past | None, setting: Setting)
         torch.cat([whole.sink_v, whole.v[:, :, length:]], dim=2),
         torch.cat([whole.sink_mapped, whole.mapped[:, :, length:]], dim=2),
         torch.cat([whole.sink_keep, whole.keep[:, length:]], dim=1),
-        _seen(x, past),
+        tokens_seen(x, past),
         layout.fresh(memory[..., :-1]),
         layout.fresh(memory[..., -1]),
     )
@@ -172,7 +172,7 @@ def nothing(x: Inputs, past: Past | None) -> Past:
     state = x.q.new_empty((batch, heads, 0, x.v.shape[3]), dtype=layout.wide(x.q.dtype))
     k, v, mapped = (t.new_empty((batch, t.shape[1], 0, t.shape[3])) for t in (x.k, x.v, features(x)))
     keep = x.k.new_empty((batch, 0), dtype=torch.bool)
-    return Past(k, v, mapped, keep, _seen(x, past), state, state.new_empty((batch, heads, 0)))
+    return Past(k, v, mapped, keep, tokens_seen(x, past), state, state.new_empty((batch, heads, 0)))
 
 
 def _final_state(x: Inputs, whole: Sequence, past: Past | None, setting: Setting) -> Tensor:
@@ -187,7 +187,8 @@ def _final_state(x: Inputs, whole: Sequence, past: Past | None, setting: Setting
     return (memory + taken.mT @ values[..., :length, :]).squeeze(2)
 
 
-def _seen(x: Inputs, past: Past | None) -> Tensor:
+def tokens_seen(x: Inputs, past: Past | None) -> Tensor:
+    """Real tokens so far, ``[B]`` int64."""
     batch, length = x.k.shape[0], x.k.shape[2]
     new = x.k.new_full((batch,), length, dtype=torch.int64) if x.keep is None else x.keep.sum(-1)
     return new if past is None else past.seen + new

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of ``y = x Wᵀ + b`` on packed weights: a matrix product, a product with one row, and that by tables.
+"""Triton kernels of ``y = x Wᵀ + b`` on packed weights: a matrix product, a product with one row, and that by tables;
+and of look-ups of rows of W.
 
 The weight is decoded tile by tile in registers and never written to memory. x is ``[count, in]`` with unit stride along
 ``in``, all else is contiguous. What lies beyond ``in`` meets weight zero, so what a prologue makes of x = 0 must be finite.
@@ -108,6 +109,28 @@ def lookup_matvec(
     # hook: epilogue(acc, rows, columns, inside)
     place = rows.to(tl.int64)[:, None] * out_features + columns[None, :]
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rows_of(
+    ids_ptr, codes_ptr, scale_ptr, table_ptr, out_ptr, count, out_features, in_features, row_bytes, groups,
+    FORMAT: tl.constexpr, BITS: tl.constexpr, TERMS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Rows of W by index, a tile ``[BN, BK]`` per program. A device cannot raise: a wrong index gives a row of NaN."""
+    picks = tl.program_id(0) * BN + tl.arange(0, BN)
+    start = tl.program_id(1) * BK
+    features = start + tl.arange(0, BK)
+    rows = tl.load(ids_ptr + picks, mask=picks < count, other=0).to(tl.int64)
+    exists = (rows >= 0) & (rows < out_features)
+    w = weights(
+        codes_ptr, scale_ptr, table_ptr, rows, (picks < count) & exists,
+        start, in_features, row_bytes, groups, FORMAT, BITS, TERMS, GROUP, SHARE, BN, BK,
+    )  # fmt: skip
+    w = tl.where(exists[:, None], w, float("nan"))
+    place = picks.to(tl.int64)[:, None] * in_features + features[None, :]
+    inside = (picks < count)[:, None] & (features < in_features)[None, :]
+    tl.store(out_ptr + place, w.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

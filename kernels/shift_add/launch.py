@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.launching import Config, Shipped, launch, precision
-from rewriter.kernels.shift_add import codec, launch_gradients, reference
+from rewriter.kernels.shift_add import codec, launch_embedding, launch_gradients, reference
 from rewriter.kernels.shift_add.kernels import lookup_matvec, matmul, matvec
 from rewriter.kernels.shift_add.launch_common import OCTET, Weight, bcq, level, meta, pot, refuse_float64, unit_stride
 
@@ -159,4 +159,5 @@ SHIPPED: tuple[Shipped, ...] = (
     Shipped("level 3 bits, 8 rows, fp16", level_linear, lambda: _level_case(8, FP16, 3), "mma"),
     Shipped("level 4 bits, 4096 rows, bf16", level_linear, lambda: _level_case(4096, BF16)),
     *launch_gradients.SHIPPED,
+    *launch_embedding.SHIPPED,
 )

@@ -135,4 +135,5 @@ level_embedding: OpOverload = KernelSpec(
     backward=_embedding_backward,
     vmap=batching_rule(lambda: level_embedding),
     cost=_embedding_cost,
+    implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:level_embedding"},
 ).register()

@@ -205,6 +205,7 @@ bcq_embedding: OpOverload = KernelSpec(
     backward=_bcq_embedding_backward,
     vmap=batching_rule(lambda: bcq_embedding),
     cost=_bcq_embedding_cost,
+    implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:bcq_embedding"},
 ).register()
 
 pot_linear: OpOverload = KernelSpec(
@@ -235,4 +236,5 @@ pot_embedding: OpOverload = KernelSpec(
     backward=_pot_embedding_backward,
     vmap=batching_rule(lambda: pot_embedding),
     cost=_pot_embedding_cost,
+    implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:pot_embedding"},
 ).register()

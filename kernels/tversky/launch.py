@@ -17,10 +17,14 @@ from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, pre
 from rewriter.kernels.tversky import gradient_kernels, kernels, reference
 
 _PRODUCT = (Config({"BM": 64, "BN": 64, "BK": 32}, 4, 3), Config({"BM": 128, "BN": 128, "BK": 32}, 8, 3, only="cuda"))
-_SINGLE = (Config({"BM": 64, "BN": 32, "BK": 32}, 4, 2),)  # products without matrix instructions
 _SUMS = (Config({"BM": 64, "BN": 32, "BK": 32}, 8, 2),)  # several tiles of sums live at once
 _SLOPES = (Config({"BN": 32, "BK": 32}, 8, 2),)
 _MEMBERSHIPS = (Config({"BM": 64, "BN": 64, "BK": 32}, 8, 2),)
+# Beside float32 activations products are no matrix instructions, and their operands take registers.
+_PRODUCT_WIDE = (Config({"BM": 64, "BN": 32, "BK": 32}, 4, 2),)
+_SUMS_WIDE = (Config({"BM": 64, "BN": 32, "BK": 16}, 8, 2),)
+_SLOPES_WIDE = (Config({"BN": 16, "BK": 16}, 8, 2),)
+_MEMBERSHIPS_WIDE = (Config({"BM": 32, "BN": 64, "BK": 16}, 8, 2),)
 _ROWS = 64  # rows per program of `slopes`, which sums over them
 _PROGRAMS = 256  # programs to aim at where a long sum can be dealt out
 
@@ -44,20 +48,20 @@ def tversky(
     """As the reference."""
     reference.check(x, features, prototypes, theta, alpha, beta, negative, bias, projected)
     reference.check_names(intersection, convention, difference, form)
-    refuse(x, features, prototypes)
-    flat = x.reshape(-1, x.shape[-1])
-    z, b = scores(flat, features, prototypes, mirrored, projected)
+    _refuse(x, features, prototypes)
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    z, b = _scores(flat, features, prototypes, mirrored, projected)
     out = x.new_empty((*x.shape[:-1], prototypes.shape[0]))
-    given = {"z_ptr": z, "b_ptr": b, **coefficients(theta, alpha, beta, negative), "bias_ptr": dense(bias)}
+    given = {"z_ptr": z, "b_ptr": b, **_coefficients(theta, alpha, beta, negative), "bias_ptr": _dense(bias)}
     sizes = {"out_ptr": out, "count": z.shape[0], "prototypes": b.shape[0], "width": z.shape[1]}
     bilinear = reference.is_bilinear(intersection, difference, form)
-    names = {} if bilinear else naming(intersection, convention, difference, form)
+    names = {} if bilinear else _naming(intersection, convention, difference, form)
     launch(
         kernels.two_products if bilinear else kernels.similarity,
-        blocks(z.shape[0], b.shape[0]),
+        _blocks(z.shape[0], b.shape[0]),
         {**given, **sizes},
-        {**names, "PRECISION": matrix_precision(x)},
-        product_configs(x) if bilinear else _SUMS,
+        {**names, "PRECISION": _precision(x)},
+        _configs(x, *((_PRODUCT, _PRODUCT_WIDE) if bilinear else (_SUMS, _SUMS_WIDE))),
     )
     return out
 
@@ -80,29 +84,29 @@ def tversky_backward(
     projected: bool,
 ) -> tuple[Tensor, ...]:
     """As `gradient.gradients`."""
-    refuse(x, features, prototypes)
-    flat, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, prototypes.shape[0]).contiguous()
-    z, b = scores(flat, features, prototypes, mirrored, projected)
-    names = naming(intersection, convention, difference, form)
+    _refuse(x, features, prototypes)
+    flat, flat_grad = x.reshape(x.shape[:-1].numel(), x.shape[-1]), grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).contiguous()
+    z, b = _scores(flat, features, prototypes, mirrored, projected)
+    names = _naming(intersection, convention, difference, form)
     weights = (theta, alpha, beta, negative)
-    to_z, to_b, *found = _branch(z, b, flat_grad, weights, names, matrix_precision(x), False)
+    to_z, to_b, *found = _branch(z, b, flat_grad, x, weights, names, False)
     to_negative = None
     if negative is not None:
-        more_z, less_b, *others, to_negative = _branch(z, b, flat_grad, weights, names, matrix_precision(x), True)
+        more_z, less_b, *others, to_negative = _branch(z, b, flat_grad, x, weights, names, True)
         to_z, to_b = to_z + more_z, to_b - less_b
-        found = [None if one is None else one + other for one, other in zip(found, others, strict=False)]
+        found = [None if one is None else one + other for one, other in zip(found[:3], others, strict=True)]
     if mirrored:
         to_z, to_b = (first - second for first, second in (t.chunk(2, 1) for t in (to_z, to_b)))
-    to_bank = multiply(to_z.t(), flat.t(), x)
+    to_bank = _multiply(to_z.t(), flat.t(), x)
     if not projected:
-        to_bank = to_bank + multiply(to_b.t(), prototypes.t(), x)
-        to_b = multiply(to_b, features.t(), x)
+        to_bank = to_bank + _multiply(to_b.t(), prototypes.t(), x)
+        to_b = _multiply(to_b, features.t(), x)
     to_theta, to_alpha, to_beta = (
         None if one is None or weight is None else (one if weight.dim() else one.sum())
-        for one, weight in zip(found, weights, strict=False)
+        for one, weight in zip(found[:3], weights[:3], strict=True)
     )
     results = (
-        multiply(to_z, features.t(), x).reshape(x.shape), to_bank, to_b, to_theta, to_alpha, to_beta,
+        _multiply(to_z, features.t(), x).reshape(x.shape), to_bank, to_b, to_theta, to_alpha, to_beta,
         None if to_negative is None else -to_negative.sum(), None if bias is None else flat_grad.float().sum(0),
     )  # fmt: skip
     likes = (x, features, prototypes, theta, alpha, beta, negative, bias)
@@ -116,9 +120,9 @@ def _branch(
     z: Tensor,
     b: Tensor,
     grad: Tensor,
+    x: Tensor,
     weights: tuple[Tensor | None, ...],
     names: dict[str, str],
-    precision: str,
     negative: bool,
 ) -> list[Any]:
     """Gradients of z, ±b, θ, α, β ``[P]`` and, for the negative branch, Σ G S ``[P]``; None for what has none."""
@@ -146,16 +150,16 @@ def _branch(
     sizes = {"count": count, "prototypes": prototypes, "width": width}
     launch(
         gradient_kernels.slopes,
-        blocks(count, prototypes),
-        {"z_ptr": z, "b_ptr": b, "grad_ptr": grad, **coefficients(*weights), **per_pair, **per_prototype, **sizes},
-        {**names, "NEGATIVE": negative, "BM": _ROWS, "PRECISION": precision},
-        _SLOPES,
+        _blocks(count, prototypes),
+        {"z_ptr": z, "b_ptr": b, "grad_ptr": grad, **_coefficients(*weights), **per_pair, **per_prototype, **sizes},
+        {**names, "NEGATIVE": negative, "BM": _ROWS, "PRECISION": _precision(x)},
+        _configs(x, _SLOPES, _SLOPES_WIDE),
     )
     common, first, second, only_a, only_b = per_pair.values()
     sign = -1.0 if negative else 1.0
-    rule = {**{name: names[name] for name in ("INTERSECTION", "CONVENTION", "DIFFERENCE")}, "PRECISION": precision}
-    to_z = _memberships(z, b, (1.0, sign), (common, first, only_a, only_b), (prototypes, 1), rule)
-    to_b = _memberships(b, z, (sign, 1.0), (common, second, only_b, only_a), (1, prototypes), rule)
+    rule = {name: names[name] for name in ("INTERSECTION", "CONVENTION", "DIFFERENCE")}
+    to_z = _memberships(z, b, (1.0, sign), (common, first, only_a, only_b), (prototypes, 1), rule, x)
+    to_b = _memberships(b, z, (sign, 1.0), (common, second, only_b, only_a), (1, prototypes), rule, x)
     return [to_z, to_b, *(None if t is None else t.sum(0) for t in per_prototype.values())]
 
 
@@ -166,20 +170,21 @@ def _memberships(
     grads: tuple[Tensor | None, ...],
     strides: tuple[int, int],
     rule: dict[str, str],
+    x: Tensor,
 ) -> Tensor:
     """Gradient of the scores ``own``, from what the sums of each row here and each row there receive."""
     (count, width), others = own.shape, other.shape[0]
-    parts, share = deal(count, width, others)
+    parts, share = _deal(count, width, others)
     out = own.new_empty(parts, count, width)
     names = ("common_ptr", "side_ptr", "own_only_ptr", "other_only_ptr")
     sizes = {"count": count, "others": others, "width": width, "share": share}
     ways = {"own_sign": signs[0], "other_sign": signs[1], "grad_row": strides[0], "grad_column": strides[1]}
     launch(
         gradient_kernels.memberships,
-        blocks(count, width, parts),
+        _blocks(count, width, parts),
         {"own_ptr": own, "other_ptr": other, **dict(zip(names, grads, strict=True)), "out_ptr": out, **sizes, **ways},
-        rule,
-        _MEMBERSHIPS,
+        {**rule, "PRECISION": _precision(x)},
+        _configs(x, _MEMBERSHIPS, _MEMBERSHIPS_WIDE),
     )
     return out[0] if parts == 1 else out.sum(0)
 
@@ -187,27 +192,27 @@ def _memberships(
 # -------------------------------------------------------------------------------------------------- parts of both
 
 
-def refuse(*tensors: Tensor) -> None:
+def _refuse(*tensors: Tensor) -> None:
     if any(t.dtype is torch.float64 for t in tensors):
         raise Unsupported("float64: the kernels compute in float32")
 
 
-def scores(x: Tensor, features: Tensor, prototypes: Tensor, mirrored: bool, projected: bool) -> tuple[Tensor, Tensor]:
+def _scores(x: Tensor, features: Tensor, prototypes: Tensor, mirrored: bool, projected: bool) -> tuple[Tensor, Tensor]:
     """z ``[n, K]`` and b ``[P, K]`` in float32, contiguous; twice as wide for a mirrored bank."""
-    z = multiply(x, features, x)
-    b = prototypes.to(torch.float32).contiguous() if projected else multiply(prototypes, features, x)
+    z = _multiply(x, features, x)
+    b = prototypes.to(torch.float32).contiguous() if projected else _multiply(prototypes, features, x)
     return (reference.mirror(z), reference.mirror(b)) if mirrored else (z, b)
 
 
-def multiply(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+def _multiply(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     """``a bᵀ`` in float32, ``[M, N]`` of ``[M, K]`` and ``[N, K]`` with any strides, as precise as suits activations x."""
     count, outputs, width = a.shape[0], b.shape[0], a.shape[1]
-    parts, share = deal(count, outputs, width)
+    parts, share = _deal(count, outputs, width)
     out = a.new_empty(parts, count, outputs, dtype=torch.float32)
     strides = {"x_row": a.stride(0), "x_feature": a.stride(1), "weight_row": b.stride(0), "weight_feature": b.stride(1)}
     launch(
         kernels.product,
-        blocks(count, outputs, parts),
+        _blocks(count, outputs, parts),
         {
             "x_ptr": a,
             "weight_ptr": b,
@@ -218,13 +223,13 @@ def multiply(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
             "share": share,
         }
         | strides,
-        {"WIDE": a.dtype is not b.dtype, "PRECISION": matrix_precision(x)},
-        product_configs(x),
+        {"WIDE": a.dtype is not b.dtype, "PRECISION": _precision(x)},
+        _configs(x, _PRODUCT, _PRODUCT_WIDE),
     )
     return out[0] if parts == 1 else out.sum(0)
 
 
-def deal(rows: int, columns: int, length: int) -> tuple[int, int]:
+def _deal(rows: int, columns: int, length: int) -> tuple[int, int]:
     """Into how many parts to deal a sum, and the terms of each, where the results alone are too few programs."""
     programs = max(1, triton.cdiv(rows, 64) * triton.cdiv(columns, 64))
     parts = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(length, 512))
@@ -232,35 +237,35 @@ def deal(rows: int, columns: int, length: int) -> tuple[int, int]:
     return max(1, triton.cdiv(length, share)), share
 
 
-def coefficients(
+def _coefficients(
     theta: Tensor | None, alpha: Tensor | None, beta: Tensor | None, negative: Tensor | None
 ) -> dict[str, Any]:
     """Pointers, and strides over the prototypes: 0 for a coefficient that all share."""
     found: dict[str, Any] = {"negative_ptr": negative}
     for name, values in (("theta", theta), ("alpha", alpha), ("beta", beta)):
-        found[f"{name}_ptr"] = dense(values)
+        found[f"{name}_ptr"] = _dense(values)
         found[f"{name}_stride"] = 0 if values is None or not values.dim() else 1
     return found
 
 
-def dense(values: Tensor | None) -> Tensor | None:
+def _dense(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
-def naming(intersection: str, convention: str, difference: str, form: str) -> dict[str, str]:
+def _naming(intersection: str, convention: str, difference: str, form: str) -> dict[str, str]:
     return {"INTERSECTION": intersection, "CONVENTION": convention, "DIFFERENCE": difference, "FORM": form}
 
 
-def blocks(rows: int, columns: int, parts: int = 1) -> Any:
+def _blocks(rows: int, columns: int, parts: int = 1) -> Any:
     """The grid over a matrix of results."""
     return lambda constants: (triton.cdiv(rows, constants["BM"]), triton.cdiv(columns, constants["BN"]), parts)
 
 
-def product_configs(x: Tensor) -> tuple[Config, ...]:
-    return _PRODUCT if x.element_size() == 2 else _SINGLE
+def _configs(x: Tensor, half: tuple[Config, ...], wide: tuple[Config, ...]) -> tuple[Config, ...]:
+    return half if x.element_size() == 2 else wide
 
 
-def matrix_precision(x: Tensor) -> str:
+def _precision(x: Tensor) -> str:
     return "tf32" if x.element_size() == 2 else precision(torch.float32)
 
 
@@ -276,10 +281,10 @@ _NAMES = {
 
 
 def _gradient_arguments(names: str, dtype: torch.dtype, pair: bool = False) -> list[Any]:
-    return [torch.empty(4096, 4096, dtype=dtype, device="meta"), *arguments(names, dtype, pair)]
+    return [torch.empty(4096, 4096, dtype=dtype, device="meta"), *_arguments(names, dtype, pair)]
 
 
-def arguments(names: str, dtype: torch.dtype, pair: bool = False) -> list[Any]:
+def _arguments(names: str, dtype: torch.dtype, pair: bool = False) -> list[Any]:
     """4096 rows of width 1024, 256 features, 4096 prototypes; ``pair`` with everything that is optional."""
     x, bank, prototypes = (torch.empty(rows, 1024, dtype=dtype, device="meta") for rows in (4096, 256, 4096))
     each = torch.empty(4096, dtype=dtype, device="meta")
@@ -289,15 +294,15 @@ def arguments(names: str, dtype: torch.dtype, pair: bool = False) -> list[Any]:
 
 
 SHIPPED: tuple[Shipped, ...] = (
-    Shipped("tversky product bf16", tversky, lambda: arguments("product", torch.bfloat16)),
-    Shipped("tversky product, signed pair fp16", tversky, lambda: arguments("product", torch.float16, True)),
-    Shipped("tversky product fp32", tversky, lambda: arguments("product", torch.float32), "none"),
+    Shipped("tversky product bf16", tversky, lambda: _arguments("product", torch.bfloat16)),
+    Shipped("tversky product, signed pair fp16", tversky, lambda: _arguments("product", torch.float16, True)),
+    Shipped("tversky product fp32", tversky, lambda: _arguments("product", torch.float32), "none"),
     *(
-        Shipped(f"tversky {name} bf16", tversky, lambda name=name: arguments(name, torch.bfloat16))
+        Shipped(f"tversky {name} bf16", tversky, lambda name=name: _arguments(name, torch.bfloat16))
         for name in _NAMES
         if name != "product"
     ),
-    Shipped("tversky sums, pair bf16", tversky, lambda: arguments("sums", torch.bfloat16, True)),
+    Shipped("tversky sums, pair bf16", tversky, lambda: _arguments("sums", torch.bfloat16, True)),
     *(
         Shipped(
             f"tversky_backward {name} bf16",

@@ -79,7 +79,10 @@ EXACT = KernelSpec(
     vmap=vmap_rule("vq_logits_product_exact", (0,)),
     cost=_cost,
     autocast=("h",),
-    implementations={"cpu": "rewriter.kernels.vq_logits.native:vq_logits_product_exact"},
+    implementations={
+        "cpu": "rewriter.kernels.vq_logits.native:vq_logits_product_exact",
+        "cuda": "rewriter.kernels.vq_logits.product_launch:product_exact",
+    },
 )
 
 vq_logits_product_exact = EXACT.register()

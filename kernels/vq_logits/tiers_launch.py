@@ -23,6 +23,9 @@ from rewriter.kernels.vq_logits.codec import unpack_codes
 HALF = (torch.bfloat16, torch.float16)
 _EXPANSION = [Config({"ROWS": 32, "COLUMNS": 128}, 4, 1), Config({"ROWS": 64, "COLUMNS": 64}, 8, 1)]
 _EXPANSION_OF_FEW = [Config({"COLUMNS": 256}, 4, 1)]
+_SUMMING = [Config({"ROWS": 1, "PLACES": 1024}, 4, 1), Config({"ROWS": 4, "PLACES": 256}, 4, 1)]
+# Programs that sum over codes, about: enough to keep any device busy.
+PROGRAMS = 256
 
 
 # -- common to all -----------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ def sums_by_code(grad: Tensor, code: Tensor, codes: int, out: Tensor) -> None:
     ordered, order = torch.sort(code.to(torch.int32), stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(codes + 1, dtype=torch.int32, device=code.device), out_int32=True)
     # A program reads all its rows' tokens unless there are too few rows to keep the device busy.
-    parts = min(max(256 // positions, 1), codes)
+    parts = min(max(PROGRAMS // positions, 1), codes)
     per_part = cdiv(codes, parts)
     launch(
         kernels.segment_sums,
@@ -144,7 +147,7 @@ def sums_by_code(grad: Tensor, code: Tensor, codes: int, out: Tensor) -> None:
         {"grad": grad, "order": order, "ordered_code": ordered, "bounds": bounds, "out": out, "positions": positions,
          "tokens": tokens, "codes": codes, "out_stride": out.stride(0), "per_part": per_part},
         {},
-        [Config({"ROWS": 1, "PLACES": 1024}, 4, 1), Config({"ROWS": 4, "PLACES": 256}, 4, 1)],
+        _SUMMING,
     )  # fmt: skip
 
 

@@ -15,13 +15,12 @@ import typer
 
 import rewriter
 from rewriter import registry
-from rewriter.cli import explaining, inspecting, jobs, loading
+from rewriter.cli import explaining, exports, inspecting, jobs, loading
 from rewriter.cli import options as o
 from rewriter.cli.console import json_text, progress_bar, quieten, refusing, show
 from rewriter.cli.jobs import DEFAULT_ROWS, Job
 from rewriter.errors import ExportError, PlanError
 from rewriter.files import atomic_file, check_writable
-from rewriter.layout import add, human_bytes, table
 from rewriter.storage import check_target
 
 app = typer.Typer(
@@ -337,45 +336,36 @@ def verify(
     epilog=o.examples(
         "rewriter optimize examples/tiny_lm -p shift_add --save out/model",
         "rewriter export out/model --onnx out/model.onnx",
+        "rewriter export out/model --mlir out/model.mlir --dialect stablehlo --static-shapes",
     )
 )
 def export(
     model: o.ModelOrSaved,
-    out: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The ONNX file to write.")],
+    onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="The ONNX file to write.")] = None,
     opset: o.Opset = 24,
+    mlir: o.Mlir = None,
+    dialect: o.Dialect = "torch",
     example_inputs: o.ExampleInputs = None,
     static_shapes: o.Static = False,
     dtype: o.Dtype = "float32",
     as_json: o.AsJson = False,
 ) -> None:
-    """Write ONNX that plain ONNX Runtime runs, from a saved or an original model."""
+    """Write ONNX that plain ONNX Runtime runs, or MLIR for other compilers, from a saved or an original model."""
+    if (onnx is None) == (mlir is None):
+        raise typer.BadParameter("give one of --onnx FILE and --mlir FILE")
     with refusing():
-        _check_outputs([out], None)
+        _check_outputs([p for p in (onnx, mlir) if p is not None], None)
         with progress_bar() as tell:
             if loading.is_saved(model):
                 source: Any = rewriter.load(model)
             else:
                 source = jobs.captured(Job(model, "", example_inputs, static=static_shapes, dtype=dtype), tell)[1]
             tell("export", 0, 1)
-            made = rewriter.export_onnx(source, out, opset=opset)
-        data = {
-            "path": str(made.path),
-            "bytes": made.bytes,
-            "opset": made.opset,
-            "ir_version": made.ir_version,
-            "external_data": made.external_data,
-            "functions": list(made.functions),
-            "inputs": [vars(p) for p in made.inputs],
-            "outputs": [vars(p) for p in made.outputs],
-        }
-        rows = table("ONNX", str(made.path))
-        add(rows, "size", human_bytes(made.bytes) + (" with external data" if made.external_data else ""))
-        add(rows, "opset, IR version", f"{made.opset}, {made.ir_version}")
-        for kind, ports in (("input", made.inputs), ("output", made.outputs)):
-            for port in ports:
-                add(rows, kind, f"{port.name} {port.dtype.lower()}[{', '.join(map(str, port.shape))}]")
-        add(rows, "functions", ", ".join(made.functions) or "none: standard operators only")
-        show(rows, data, as_json)
+            if onnx is not None:
+                found = exports.onnx(source, onnx, opset)
+            if mlir is not None:
+                found = exports.mlir(source, mlir, dialect, static_shapes)
+        show(*found, as_json)
 
 
 def _check_outputs(files: list[Path], folder: Path | None) -> None:

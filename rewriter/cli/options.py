@@ -121,6 +121,22 @@ Onnx = Annotated[
         help="Write ONNX, run it in ONNX Runtime and compare.",
     ),
 ]
+Mlir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=_OUT,
+        help="Write MLIR instead, by torch-mlir: bytecode where the name ends in .mlirbc, else text.",
+    ),
+]
+Dialect = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=_OUT,
+        help="MLIR dialect: torch, linalg-on-tensors, stablehlo or tosa; all but torch need --static-shapes.",
+    ),
+]
 Opset = Annotated[int, typer.Option(metavar="N", min=20, max=25, rich_help_panel=_OUT, help="ONNX opset, 20 to 25.")]
 Save = Annotated[
     Path | None,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from interpreter import interpreting
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from rewriter.kernels.emitted.loading import Emitted
@@ -125,6 +125,27 @@ def chain(
     return value
 
 
+class _Recorder(Interpreter):
+    """Runs a program and keeps the arguments of one operator's calls."""
+
+    def __init__(self, program: Program, operator: Any) -> None:
+        super().__init__(program.graph_module)
+        self.operator, self.seen = operator, []
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is self.operator:
+            self.seen.append(args)
+        return super().call_function(target, args, kwargs)
+
+
+def arguments_of(program: Program, emitted: Emitted, *inputs: Tensor) -> list[tuple[Any, ...]]:
+    """What an emitted operator is called with in a program, call by call."""
+    recorder = _Recorder(program, emitted.operator)
+    with torch.no_grad():
+        recorder.run(*inputs)
+    return recorder.seen
+
+
 def rewritten(emitted: Emitted, pattern: str, instead: str) -> Callable[..., Tensor]:
     """The reference of a file with something else in its text."""
     space = dict(vars(emitted.module))
@@ -148,6 +169,7 @@ def complaint(emitted: Emitted, args: Sequence[Any], which: int = 0) -> str | No
     It may lose twice what the reference loses in its dtypes, and one unit in the last place; or, where the sums of the
     product alone lose more than that, twice what its operator's kernel with the other nodes behind it loses.
     """
+    args = [a.detach() if isinstance(a, Tensor) else a for a in args]
     with interpreting(which):
         got = emitted.module.run(*args)
     eager = emitted.module.reference(*args)

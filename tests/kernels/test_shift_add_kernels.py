@@ -15,7 +15,7 @@ from interpreter import interpreting
 from torch import Tensor
 
 from rewriter.kernels.launching import Unsupported
-from rewriter.kernels.shift_add import codec, gradients, launch, launch_gradients, op, reference
+from rewriter.kernels.shift_add import codec, gradients, launch, launch_embedding, launch_gradients, op, reference
 from rewriter.kernels.spec import REGISTRY
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -195,7 +195,7 @@ def test_gradients_of_scales_and_levels_are_the_reference(data: st.DataObject, c
     golden = formula(name)(grad.double(), x.double(), *tensors, *numbers)
     rows = x.reshape(-1, case.width).double().abs()
     largest = case.scale.double().abs().max() if wanted == "levels" else unit_size(case)
-    summed = grad.reshape(len(rows), -1).double().abs().t() @ rows * largest
+    summed = grad.reshape(len(rows), case.codes.shape[0]).double().abs().t() @ rows * largest
     judge(found, own, golden, summed.sum() if wanted == "levels" else summed.sum(-1).max())
 
 
@@ -265,3 +265,28 @@ def test_opcheck_of_the_gradients(format: str) -> None:
     torch.library.opcheck(getattr(gradients, f"{format}_x"), (grad, *tensors, *numbers))
     for wanted in ("scale", "levels") if format == "level" else ("scale",):
         torch.library.opcheck(getattr(gradients, f"{format}_{wanted}"), (grad, x, *tensors, *numbers))
+
+
+# ------------------------------------------------------------------------------------------------------------ look-ups
+
+
+@settings(deadline=None, max_examples=12)
+@given(weights(), st.lists(st.integers(0, 3), max_size=2), st.booleans(), st.integers(0, 1), st.integers(0, 99))
+def test_rows_are_those_of_the_reference_bit_for_bit(
+    case: Case, shape: list[int], long: bool, which: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, case.codes.shape[0], [2 * n for n in shape], generator=g)
+    ids = (ids if long else ids.int())[..., ::2] if shape else ids
+    tensors, numbers = case.arguments()
+    with interpreting(which):
+        found = getattr(launch_embedding, f"{case.format}_embedding")(ids, *tensors, *numbers)
+    assert torch.equal(found, getattr(reference, f"{case.format}_embedding")(ids, *tensors, *numbers))
+
+
+def test_a_wrong_index_gives_nan_and_reads_nothing() -> None:
+    case = weights_of("bcq")
+    tensors, numbers = case.arguments()
+    with interpreting():
+        found = launch_embedding.bcq_embedding(torch.tensor([0, -1, 5, 4]), *tensors, *numbers)
+    assert found[1:3].isnan().all() and found[[0, 3]].isfinite().all()
