@@ -3,7 +3,8 @@
 
     shared     buffers · (BM·BK + BK·BN) · bytes per element; the pipeline has a buffer for every stage where matrix
                instructions read shared memory (sm_90, sm_100), and one less where they read registers
-    registers  accumulator and operand tiles in float32 over the threads, and what addresses and the loop take
+    registers  what is alive at once, over the threads: in the loop the accumulator and the operands of the product, behind
+               it the accumulator and the epilogue's tiles, in float32; and 40 for addresses, masks and counters
 
 It is there to leave out early what cannot fit, not to predict: what it lets through is compiled and checked like any kernel.
 """
@@ -47,9 +48,9 @@ def need(config: Config, element_size: int, tiles: int, backend: str = "cuda", *
     rows, columns, depth = (_size(config.constants, name) for name in ("BM", "BN", "BK"))
     buffers = config.num_stages if reads_shared else max(config.num_stages - 1, 1)
     threads = config.num_warps * _WARP[backend]
-    operands = (rows * depth + depth * columns) * element_size // 4
-    values = rows * columns * (1 + tiles)
-    return Need(buffers * (rows * depth + depth * columns) * element_size, _LOOP + (values + operands) // threads)
+    loaded, acc = (rows * depth + depth * columns) * element_size, rows * columns
+    alive = max(acc + loaded // 4, acc * (1 + tiles))
+    return Need(buffers * loaded, _LOOP + alive // threads)
 
 
 def fitting(kernel: Hooked, tiles: int) -> list[Config]:
@@ -60,13 +61,13 @@ def fitting(kernel: Hooked, tiles: int) -> list[Config]:
     found: list[Config] = []
     for request in kernel.requests:
         element_size = max((a.element_size() for a in request.args.values() if _is_real(a)), default=4)
-        kept = [config for config in request.configs if _fits(config, element_size, tiles)]
+        kept = [config for config in request.configs if fits(config, element_size, tiles)]
         found += [config for config in kept or request.configs[:1] if config not in found]
     return found
 
 
-def _fits(config: Config, element_size: int, tiles: int) -> bool:
-    """On every chip it is meant for."""
+def fits(config: Config, element_size: int, tiles: int) -> bool:
+    """Whether there is room for it on every chip it is meant for."""
     hip = config.only == "cuda" or need(config, element_size, tiles, "hip").shared <= SHARED_HIP
     needed = need(config, element_size, tiles)
     cuda = config.only == "hip" or (needed.shared <= SHARED and needed.registers <= REGISTERS)

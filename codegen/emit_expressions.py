@@ -260,6 +260,14 @@ _INFIX = {
 }
 
 
+def expression_of(node: Node) -> Expression:
+    """How a node is written. Raises Unfit."""
+    found = EXPRESSIONS.get(node.target) if isinstance(node.target, OpOverload) else None
+    if found is None:
+        raise Unfit("it is not pointwise")
+    return found
+
+
 def name_of(node: Node) -> str:
     """``add`` of ``aten.add.Tensor``."""
     return str(node.target).split(".")[1].strip("_")

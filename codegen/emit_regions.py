@@ -28,6 +28,7 @@ from rewriter.codegen.emit_expressions import (
     VIEWS,
     Call,
     Unfit,
+    expression_of,
     is_identity,
 )
 from rewriter.facts import Facts, same_shape, same_size
@@ -163,7 +164,7 @@ class Search:
             raise Unfit("it moves to another device")
         tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         texts, dtypes = dict.fromkeys(tensors, "x"), {n: _dtype(n) for n in tensors}
-        EXPRESSIONS[node.target](Call(arguments, texts, dtypes, _dtype(node)))
+        expression_of(node)(Call(arguments, texts, dtypes, _dtype(node)))
 
     def _closed(self, anchor: Node, inside: tuple[Node, ...], root: Node) -> tuple[Operand, ...] | str:
         """The operands of nodes from which only the root's value leaves; else why it is not so."""

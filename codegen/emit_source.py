@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from rewriter.codegen import emit_configs
-from rewriter.codegen.emit_expressions import CASTS, ELEMENTS, EXPRESSIONS, Call, Unfit, formula, name_of
+from rewriter.codegen.emit_expressions import CASTS, ELEMENTS, Call, Unfit, expression_of, formula, name_of
 from rewriter.codegen.emit_regions import Operand, Region
 from rewriter.codegen.emit_templates import (
     ROWS,
@@ -67,10 +67,10 @@ class _Writer:
         self.given = facts.arguments(region.anchor)
         self.activations: Node = self.given[template.activations]
         self.dtype: torch.dtype = self.activations.meta["val"].dtype
-        self.features = _static(self.activations.meta["val"].shape[-1], "the number of features")
+        self.features = self._features()
         self.columns = _static(region.anchor.meta["val"].shape[-1], "the number of columns")
         self.main = region.before[0] if region.before else None
-        self.kernels = hooked(template, self.given, self._rows(), self.dtype)
+        self.kernels = hooked(template, self.given, self._rows(), self.features, self.dtype)
         taken = {
             "x",
             "acc",
@@ -91,6 +91,15 @@ class _Writer:
         operands = [operand for operand in (*region.before, *region.after) if operand is not self.main]
         # In the kernel, operands that are also arguments of the operator have a name besides.
         self.locals = {o.node: self._fresh(o.form) if o.node in own else self.arguments[o.node] for o in operands}
+
+    def _features(self) -> int:
+        """Where the program leaves their number open, that of the example; kernels refuse calls with another."""
+        size = self.activations.meta["val"].shape[-1]
+        if isinstance(size, int):
+            return size
+        if self.region.prologue or size.node.hint is None:
+            raise Unfit("the number of features is only known when the program runs")
+        return int(size.node.hint)
 
     def _rows(self) -> Sequence[int]:
         """Numbers of rows the site may have: the one it has, or some of all."""
@@ -173,8 +182,10 @@ class _Writer:
         lines: list[str] = []
         address, mask, lift = f"{name}_ptr", "", ""
         if operand.form == "tile":
-            wanted.append(f"{name}_stride")
-            lines.append(f"{name}_at = {address} + {row}[:, None].to(tl.int64) * {name}_stride + {across}[None, :]")
+            step = str(size)
+            if not self._is_dense(operand):
+                wanted.append(step := f"{name}_stride")
+            lines.append(f"{name}_at = {address} + {row}[:, None].to(tl.int64) * {step} + {across}[None, :]")
             address, mask = f"{name}_at", "inside"
             if across == "features":
                 past = "" if operand.repeats else f"(rows[:, None] < {name}_rows) & "
@@ -197,7 +208,7 @@ class _Writer:
             tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
             dtypes = {n: n.meta["val"].dtype for n in tensors}
             texted = {n: texts[n] for n in tensors}
-            expression = EXPRESSIONS[node.target](Call(arguments, texted, dtypes, node.meta["val"].dtype))
+            expression = expression_of(node)(Call(arguments, texted, dtypes, node.meta["val"].dtype))
             if expression in texts.values() and node is not nodes[-1]:  # the same value
                 texts[node] = expression
                 continue
@@ -219,7 +230,7 @@ class _Writer:
         parts = [
             self._head(site, written),
             "",
-            f'SCHEMA = "{self._schema()}"',
+            self._schema(),
             self._reference(),
             *(specialised(kernel, kernels[kernel.name], put, ELEMENTS[self.dtype]) for kernel in self.kernels),
             self._table(kernels),
@@ -275,8 +286,13 @@ class _Writer:
 
     def _schema(self) -> str:
         kinds = ("Tensor" if isinstance(n.meta.get("val"), Tensor) else "SymInt" for n in self.arguments)
-        given = (f"{kind} {name}" for kind, name in zip(kinds, self.arguments.values(), strict=True))
-        return f"({', '.join(given)}) -> Tensor"
+        given = [f"{kind} {name}" for kind, name in zip(kinds, self.arguments.values(), strict=True)]
+        line = f'SCHEMA = "({", ".join(given)}) -> Tensor"'
+        if len(line) <= LINE:
+            return line
+        return "\n".join(
+            ["SCHEMA = (", f'    "({", ".join(given[:5])}, "', f'    "{", ".join(given[5:])}) -> Tensor"', ")"]
+        )
 
     def _signature(self, name: str) -> list[str]:
         kinds = ("torch.Tensor" if isinstance(n.meta.get("val"), Tensor) else "int" for n in self.arguments)
@@ -359,9 +375,15 @@ class _Writer:
             entries = [f'"{name}_ptr": {given}.contiguous()']
             return [], entries + ([f'"{name}_rows": {given}.numel()'] if self._limited(operand) else [])
         width = self.features if operand in self.region.before else self.columns
-        entries = [f'"{name}_ptr": {name}_flat', f'"{name}_stride": {name}_flat.stride(0)']
+        dense = self._is_dense(operand)
+        entries = [f'"{name}_ptr": {name}_flat', *([] if dense else [f'"{name}_stride": {name}_flat.stride(0)'])]
         entries += [f'"{name}_rows": {name}_flat.shape[0]'] if self._limited(operand) else []
-        return [f"    {name}_flat = flat({given}, {width})"], entries
+        return [f"    {name}_flat = flat({given}, {width}){'.contiguous()' if dense else ''}"], entries
+
+    def _is_dense(self, operand: Operand) -> bool:
+        """Whether its rows follow each other in memory, as those of the result do: then both have one address."""
+        value = operand.node.meta["val"]
+        return value.dim() > 1 and same_size(value.stride(-1), 1) and same_size(value.stride(-2), value.shape[-1])
 
     def _operand(self, node: Node) -> Operand:
         return next(o for o in (*self.region.before, *self.region.after) if o.node is node)

@@ -16,7 +16,9 @@ import textwrap
 import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
@@ -81,69 +83,84 @@ class Hooked:
         return str(self.kernel.__name__)
 
 
-def hooked(template: Template, arguments: Mapping[str, Any], rows: Sequence[int], dtype: torch.dtype) -> list[Hooked]:
+def hooked(
+    template: Template, arguments: Mapping[str, Any], rows: Sequence[int], features: int, dtype: torch.dtype
+) -> tuple[Hooked, ...]:
     """The kernels a site would start, with hooks, in order of their names.
 
     Args:
         arguments: of the node, by schema name; nodes stand for tensors.
         rows: numbers of rows to ask for.
-        dtype: of the activations.
+        features, dtype: of the activations.
 
     Raises:
         Unfit: there is no kernel for the site, or it cannot be specialised; the sentence says why.
     """
-    try:
-        implementation = getattr(import_module(template.module), template.function)
-        started = [
-            _started(implementation, template, arguments, count, stride, dtype) for count in rows for stride in (1, 2)
-        ]
-    except Unsupported as reason:
-        raise Unfit(f"no kernel: {reason}") from reason
-    kernels: dict[Any, list[tuple[Request, str]]] = {}
-    for request, activations in started:
-        kernels.setdefault(request.kernel, []).append((request, activations))
-    return [
-        Hooked(
-            kernel,
-            requests := tuple(request for request, _ in kernels[kernel]),
-            _constant(requests),
-            kernels[kernel][0][1],
-        )
-        for kernel in sorted(kernels, key=lambda kernel: str(kernel.__name__))
-    ]
+    others = tuple((name, _described(name, value)) for name, value in arguments.items() if name != template.activations)
+    position = list(arguments).index(template.activations)
+    return _hooked(template, position, others, tuple(rows), features, dtype)
 
 
-def _started(
-    implementation: Any, template: Template, arguments: Mapping[str, Any], rows: int, stride: int, dtype: torch.dtype
-) -> tuple[Request, str]:
-    """The one hooked kernel a call starts, which is to be its last, and its pointer to the activations.
+@dataclass(frozen=True)
+class _Shape:
+    """A tensor without its data."""
 
-    Rows of the activations lie ``stride`` times as far apart as they could: no site has a right to its strides.
-    """
-    args = {name: _meta(name, value) for name, value in arguments.items() if name != template.activations}
-    width = arguments[template.activations].meta["val"].shape[-1]
-    x = torch.empty((rows, width * stride), dtype=dtype, device="meta")[:, :width]
-    with recorded() as requests:
-        implementation(*(x if name == template.activations else args[name] for name in arguments))
-    with_hook = [r for r in requests if EPILOGUE in inspect.getsource(r.kernel.fn)]
-    if len(with_hook) != 1 or with_hook[0] is not requests[-1]:
-        raise Unfit(f"for {rows} rows the last kernel {template.function} starts has no epilogue hook")
-    given = with_hook[0].args.items()
-    # A copy of scattered rows is somebody else's storage; the pointer still goes by the same name.
-    own = [
-        name for name, a in given if isinstance(a, Tensor) and a.untyped_storage()._cdata == x.untyped_storage()._cdata
-    ]
-    return with_hook[0], own[0] if own else ""
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def _meta(name: str, value: Any) -> Any:
-    """An argument without data."""
+def _described(name: str, value: Any) -> Any:
+    """An argument as something equal for equal sites."""
     if not isinstance(value, Node):
-        return value
+        return tuple(value) if isinstance(value, list) else value
     tensor = value.meta.get("val")
     if not isinstance(tensor, Tensor) or not all(isinstance(size, int) for size in tensor.shape):
         raise Unfit(f"{name} has a size that is only known when the program runs")
-    return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")
+    return _Shape(tuple(tensor.shape), tensor.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _hooked(
+    template: Template,
+    position: int,
+    others: tuple[tuple[str, Any], ...],
+    rows: tuple[int, ...],
+    features: int,
+    dtype: torch.dtype,
+) -> tuple[Hooked, ...]:
+    kernels: dict[Any, list[tuple[Request, str]]] = {}
+    try:
+        implementation = getattr(import_module(template.module), template.function)
+        args = [
+            torch.empty(value.sizes, dtype=value.dtype, device="meta") if isinstance(value, _Shape) else value
+            for _, value in others
+        ]
+        for count, stride in product(rows, (1, 2)):
+            # Rows lie that much farther apart than they could: no site has a right to its strides.
+            x = torch.empty((count, features * stride), dtype=dtype, device="meta")[:, :features]
+            request, pointer = _started(implementation, [*args[:position], x, *args[position:]], x)
+            kernels.setdefault(request.kernel, []).append((request, pointer))
+    except Unsupported as reason:
+        raise Unfit(f"no kernel: {reason}") from reason
+    found = []
+    for kernel in sorted(kernels, key=lambda kernel: str(kernel.__name__)):
+        requests = tuple(request for request, _ in kernels[kernel])
+        found.append(Hooked(kernel, requests, _constant(requests), kernels[kernel][0][1]))
+    return tuple(found)
+
+
+def _started(implementation: Any, args: Sequence[Any], x: Tensor) -> tuple[Request, str]:
+    """The one hooked kernel a call starts, which is to be its last, and its pointer to the activations."""
+    with recorded() as requests:
+        implementation(*args)
+    with_hook = [request for request in requests if EPILOGUE in inspect.getsource(request.kernel.fn)]
+    if len(with_hook) != 1 or with_hook[0] is not requests[-1]:
+        raise Unfit(f"for {x.shape[0]} rows the last kernel {implementation.__name__} starts has no epilogue hook")
+    storage = x.untyped_storage()._cdata
+    given = with_hook[0].args.items()
+    own = [name for name, a in given if isinstance(a, Tensor) and a.untyped_storage()._cdata == storage]
+    # None where scattered rows are copied first; the pointer goes by the same name then.
+    return with_hook[0], own[0] if own else ""
 
 
 def _constant(requests: Sequence[Request]) -> dict[str, Any]:

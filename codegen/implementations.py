@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from rewriter.codegen import roofline
 from rewriter.errors import PlanError
 from rewriter.facts import path_of
-from rewriter.kernels.launching import Unsupported, recorded
+from rewriter.kernels.launching import Request, Unsupported, recorded
 from rewriter.kernels.spec import REGISTRY, KernelSpec
 from rewriter.program import Program
 from rewriter.rules import provenance
@@ -98,10 +98,15 @@ def implementations(program: Program, target: str) -> list[Implementation]:
     ]
 
 
-def fallbacks(found: Sequence[Implementation]) -> str:
-    """The sites that run the reference, with reasons, as lines; empty if there are none."""
-    lines = [f"  {one.site or 'root'}: {one.operator}: {one.why}" for one in found if one.chosen == "reference"]
-    return "\n".join(lines)
+def fallbacks(program: Program, device: str) -> list[str]:
+    """Why sites would run their reference on a device, "cpu" or "cuda"; nothing is compiled for GPUs or timed."""
+    found = []
+    for node, spec, args in _calls(program):
+        try:
+            _call(spec, args, device)
+        except Unsupported as reason:
+            found.append(f"{_site(node) or 'root'}: {spec.name}: {reason}")
+    return found
 
 
 class _Recording(fx.Interpreter):
@@ -128,16 +133,22 @@ def _calls(program: Program) -> list[tuple[fx.Node, KernelSpec, tuple[Any, ...]]
     return running.calls
 
 
+def _call(spec: KernelSpec, args: tuple[Any, ...], device: str) -> tuple[Callable[..., Any], list[Request]]:
+    """The implementation, and the kernels it asks for. Raises Unsupported where it would leave this to the reference."""
+    function = spec.implementation(device)
+    given = args if device == "cpu" else pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args)
+    with recorded() as requests, torch.no_grad():
+        function(*given)
+    return function, requests
+
+
 def _on_gpu(node: fx.Node, spec: KernelSpec, args: tuple[Any, ...], target: str) -> Implementation:
     from rewriter.codegen import ahead_of_time
 
     chip = roofline.CHIPS[target]
     bound = roofline.bound(spec.cost(*args), chip.bandwidth, chip.flops)
-    meta = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), args)
     try:
-        function = spec.implementation("cuda")
-        with recorded() as requests:
-            function(*meta)
+        function, requests = _call(spec, args, "cuda")
     except Unsupported as reason:
         return _reference(node, spec, target, str(reason), bound, None)
     backend = ahead_of_time.TARGETS[target].gpu.backend
@@ -150,9 +161,7 @@ def _on_gpu(node: fx.Node, spec: KernelSpec, args: tuple[Any, ...], target: str)
 def _on_cpu(node: fx.Node, spec: KernelSpec, args: tuple[Any, ...]) -> Implementation:
     bound = roofline.bound(spec.cost(*args), _bandwidth(), float("inf"))
     try:
-        function = spec.implementation("cpu")
-        with torch.no_grad():
-            function(*args)
+        function, _ = _call(spec, args, "cpu")
     except Unsupported as reason:
         return _reference(node, spec, "cpu", str(reason), bound, _seconds(spec.reference, args))
     return _implementation(node, spec, "cpu", "native", "", _file(function), (), bound, _seconds(function, args))
@@ -175,11 +184,14 @@ def _implementation(
     bound: roofline.Bound,
     seconds: float | None,
 ) -> Implementation:
-    written = provenance(node)
-    site, rule = str(written.get("site") or path_of(node)), str(written.get("rule", ""))
+    rule = str(provenance(node).get("rule", ""))
     return Implementation(
-        site, rule, spec.name, target, chosen, why, source, kernels, bound.seconds, bound.by, seconds
+        _site(node), rule, spec.name, target, chosen, why, source, kernels, bound.seconds, bound.by, seconds
     )
+
+
+def _site(node: fx.Node) -> str:
+    return str(provenance(node).get("site") or path_of(node)).partition(":")[0]
 
 
 def _seconds(function: Any, args: tuple[Any, ...]) -> float:

@@ -93,7 +93,7 @@ class MlirModule:
         Args:
             weights: False leaves tensors of more than 16 elements out (for reading; no compiler takes it).
         """
-        module = _parse(self.bytecode)
+        module = _parse(self.bytecode, self.dialect)
         options: dict[str, Any] = {} if weights else {"large_elements_limit": 16, "large_resource_limit": 16}
         found: str = module.operation.get_asm(enable_debug_info=weights, **options)
         return found
@@ -110,6 +110,69 @@ class MlirExport:
     outputs: tuple[Port, ...]
 
 
+@dataclass(frozen=True)
+class Imported:
+    """A program in the raw torch dialect, before any pass; `lower` makes a module of it.
+
+    Attributes:
+        bytecode: the raw torch dialect.
+        inputs, outputs, origins: as in `MlirModule`.
+        byte_arithmetic: the first operator that computes with unsigned bytes, which tosa has not.
+    """
+
+    bytecode: bytes
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    origins: tuple[Origin, ...]
+    byte_arithmetic: Origin | None
+
+    def lower(self, dialect: str = DEFAULT_DIALECT) -> MlirModule:
+        """Lower to one of `DIALECTS`, in a child process.
+
+        Raises:
+            ExportError: the dialect is none or has no dynamic sizes, or an operator has no lowering; names its site.
+        """
+        check_dialect(dialect)
+        if dialect != DEFAULT_DIALECT and any(size is None for port in self.inputs for size in port.shape):
+            raise ExportError(_no_dynamic_sizes(dialect))
+        if dialect == "tosa" and self.byte_arithmetic is not None:
+            raise ExportError(
+                f"{self.byte_arithmetic.operator} at {self.byte_arithmetic.site} computes with uint8, and tosa has no "
+                "unsigned integers; convert to int32 first, or choose another dialect"
+            )
+        with tempfile.TemporaryDirectory(prefix="rewriter-mlir-") as folder:
+            source, target = Path(folder) / "raw.mlirbc", Path(folder) / "lowered.mlirbc"
+            source.write_bytes(self.bytecode)
+            run_worker(["lower", source, target, *_PIPELINES[dialect]], f"lower to {dialect}", self.origins)
+            return MlirModule(target.read_bytes(), dialect, self.inputs, self.outputs, self.origins)
+
+
+def import_program(
+    graph_module: fx.GraphModule,
+    example: Sequence[Tensor],
+    *,
+    static: bool = False,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Imported:
+    """Import a graph of the dialect.
+
+    Args:
+        graph_module: flat tensor placeholders, flat outputs; not changed.
+        example: one tensor per placeholder, of valid values.
+        static: fix every size to the example's; needed for all dialects but ``torch`` where the graph is dynamic.
+        input_names, output_names: of the ports (default: of the placeholders; ``output_0``, ...).
+
+    Raises:
+        ExportError: torch-mlir is not installed, the example does not fit, or the graph cannot be traced or imported.
+    """
+    require("torch_mlir")
+    program = mlir_tracing.trace(graph_module, example, static=static)
+    inputs, outputs = _ports(program, input_names, output_names)
+    origins, bytes_at = mlir_tracing.locate(program.graph), mlir_tracing.byte_arithmetic(program.graph)
+    return Imported(_import(program), inputs, outputs, origins, bytes_at)
+
+
 def lower(
     graph_module: fx.GraphModule,
     example: Sequence[Tensor],
@@ -119,28 +182,15 @@ def lower(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> MlirModule:
-    """Lower a graph of the dialect.
-
-    Args:
-        graph_module: flat tensor placeholders, flat outputs; not changed.
-        example: one tensor per placeholder, of valid values.
-        dialect: one of `DIALECTS`.
-        static: fix every size to the example's; needed for all dialects but ``torch`` where the graph is dynamic.
-        input_names, output_names: of the ports (default: of the placeholders; ``output_0``, ...).
-
-    Raises:
-        ExportError: torch-mlir is not installed, the dialect is none, sizes are dynamic where they cannot be, or an
-            operator has no lowering; names operator and site.
-    """
+    """`import_program` and `Imported.lower` in one; refuses a dialect the graph's sizes rule out before any work."""
     require("torch_mlir")
     check_dialect(dialect)
-    if not static:
-        _refuse_dynamic(graph_module.graph, dialect)
-    program = mlir_tracing.trace(graph_module, example, dialect, static=static)
-    inputs, outputs = _ports(program, input_names, output_names)
-    origins = mlir_tracing.locate(program.graph)
-    raw = _import(program)
-    return MlirModule(_lowered(raw, dialect, origins), dialect, inputs, outputs, origins)
+    if dialect != DEFAULT_DIALECT and not static and mlir_tracing.is_dynamic(graph_module.graph):
+        raise ExportError(_no_dynamic_sizes(dialect))
+    imported = import_program(
+        graph_module, example, static=static, input_names=input_names, output_names=output_names
+    )
+    return imported.lower(dialect)
 
 
 def write(module: MlirModule, path: str | os.PathLike[str]) -> MlirExport:
@@ -158,14 +208,13 @@ def check_dialect(dialect: str) -> None:
         raise ExportError(f"{dialect!r} is no dialect to lower to; choose one of {', '.join(DIALECTS)}")
 
 
-def _refuse_dynamic(graph: fx.Graph, dialect: str) -> None:
+def _no_dynamic_sizes(dialect: str) -> str:
     """stablehlo and tosa have no lowering for whole models with dynamic sizes; linalg has one that computes wrongly."""
-    if dialect != DEFAULT_DIALECT and mlir_tracing.is_dynamic(graph):
-        why = "is wrong" if dialect == "linalg-on-tensors" else "does not exist"
-        raise ExportError(
-            f"the program has dynamic sizes, for which torch-mlir's lowering to {dialect} {why}; pass static=True to fix "
-            'them to the example\'s, capture with dynamic_shapes="static", or choose the dialect torch'
-        )
+    why = "is wrong" if dialect == "linalg-on-tensors" else "does not exist"
+    return (
+        f"the program has dynamic sizes, for which torch-mlir's lowering to {dialect} {why}; pass static=True to fix them "
+        'to the example\'s, capture with dynamic_shapes="static", or choose the dialect torch'
+    )
 
 
 # -- ports -----------------------------------------------------------------------------------------------------------
@@ -213,18 +262,13 @@ def _import(program: torch.export.ExportedProgram) -> bytes:
     return stream.getvalue()
 
 
-def _lowered(raw: bytes, dialect: str, origins: tuple[Origin, ...]) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="rewriter-mlir-") as folder:
-        source, target = Path(folder) / "raw.mlirbc", Path(folder) / "lowered.mlirbc"
-        source.write_bytes(raw)
-        run_worker(["lower", source, target, *_PIPELINES[dialect]], f"lower to {dialect}", origins)
-        return target.read_bytes()
-
-
-def _parse(bytecode: bytes) -> Any:
+def _parse(bytecode: bytes, dialect: str) -> Any:
     from torch_mlir import ir
     from torch_mlir.dialects import torch as torch_dialect
+    from torch_mlir.passmanager import PassManager
 
-    context = ir.Context()
-    torch_dialect.register_dialect(context)
-    return ir.Module.parse(bytecode, context)
+    with ir.Context() as context:
+        torch_dialect.register_dialect(context)
+        # stablehlo has no Python bindings; a context knows it once the passes that make it have run, on nothing.
+        PassManager.parse(_PIPELINES[dialect][-1]).run(ir.Module.parse("module {}").operation)
+        return ir.Module.parse(bytecode, context)

@@ -25,14 +25,12 @@ def inlined() -> Table:
     return {**decompositions(), aten.scaled_dot_product_attention.default: attention}
 
 
-def lowered(dialect: str) -> Table:
+def lowered() -> Table:
     """torch-mlir's decompositions and ours, for `ExportedProgram.run_decompositions`."""
     from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
     table = {**get_decomposition_table(), **_OWN}  # a copy: the function gives every caller the same dictionary
-    if dialect == "tosa":
-        table[aten._to_copy.default] = _cast_by(table[aten._to_copy.default])
-    return table
+    return {**table, aten._to_copy.default: _cast_by(table[aten._to_copy.default])}
 
 
 def attention(
@@ -134,8 +132,8 @@ for _operator, *_spellings in (
     _OWN |= {_operator: _bitwise(_operator), **dict.fromkeys(_spellings, _spelled(_operator))}
 
 
-# TOSA has no unsigned integers: its cast of a byte extends the sign, and byte arithmetic is signed. What the package's
-# operators need of bytes is to move, gather and cast them.
+# TOSA has no unsigned integers: its cast of a byte extends the sign. With the low eight bits taken, a cast is right
+# everywhere, and what the package's operators need of bytes is to move, gather and cast them.
 
 
 def _cast_by(other: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,8 @@ from rewriter.errors import ExportError
 from rewriter.facts import path_of
 from rewriter.schemas import ASSERTIONS
 
+ROOT = "root"  # stands for the path of the model itself
+
 # Higher-order operators torch-mlir's importer has a translation for.
 _IMPORTED = frozenset({"while_loop"})
 
@@ -75,15 +77,12 @@ def dimensions(node: fx.Node) -> dict[int, Any]:
     return {d: Dim.DYNAMIC for d, size in enumerate(value.shape) if not is_concrete_int(size)}
 
 
-def trace(
-    graph_module: fx.GraphModule, example: Sequence[Tensor], dialect: str, *, static: bool
-) -> ExportedProgram:
+def trace(graph_module: fx.GraphModule, example: Sequence[Tensor], *, static: bool) -> ExportedProgram:
     """Core aten, functional, with our operators and attention inlined.
 
     Args:
         graph_module: a graph of the dialect; not changed.
         example: one tensor per placeholder.
-        dialect: it will be lowered to.
         static: make every size that of the example.
 
     Raises:
@@ -99,13 +98,13 @@ def trace(
             program = torch.export.export(
                 _Interpreted(inlined), _enlarged(example, dynamic), dynamic_shapes=dynamic, strict=False
             )
-            program = program.run_decompositions(mlir_decompositions.lowered(dialect))
+            program = program.run_decompositions(mlir_decompositions.lowered())
     except ExportError:
         raise
     except Exception as reason:
         raise ExportError(f"the graph cannot be traced for MLIR: {_what(reason)}") from reason
     _drop_assertions(program.graph)
-    _check_operators(program.graph, dialect)
+    _check_control_flow(program.graph)
     return program
 
 
@@ -125,12 +124,10 @@ def locate(graph: fx.Graph) -> tuple[Origin, ...]:
     The importer reads a node's location from ``meta["stack_trace"]``: file and line of its last frame. Module path and
     number of the node take their place, which say more, are the same on every machine, and name no source file.
     """
-    origins = []
-    for number, node in enumerate(graph.nodes):
-        site = (path_of(node) if node.op == "call_function" else "") or "root"
-        origins.append(Origin(str(node.target), site))
-        node.meta["stack_trace"] = f'File "{site}", line {number}, in forward'
-    return tuple(origins)
+    origins = tuple(_origin(node) for node in graph.nodes)
+    for number, (node, origin) in enumerate(zip(graph.nodes, origins, strict=True)):
+        node.meta["stack_trace"] = f'File "{origin.site}", line {number}, in forward'
+    return origins
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
@@ -141,19 +138,22 @@ def _drop_assertions(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _check_operators(graph: fx.Graph, dialect: str) -> None:
+def _check_control_flow(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        target, site = node.target, path_of(node) or "root"
-        if isinstance(target, HigherOrderOperator) and target.name() not in _IMPORTED:
+        if isinstance(node.target, HigherOrderOperator) and node.target.name() not in _IMPORTED:
             raise ExportError(
-                f"{target.name()} at {site}: torch-mlir does not import this control flow; write it without "
-                "(a loop of known length unrolls), or export to ONNX, which has it"
+                f"{node.target.name()} at {path_of(node) or ROOT}: torch-mlir does not import this control flow; write it "
+                "without (a loop of known length unrolls), or export to ONNX, which has it"
             )
-        if dialect == "tosa" and _computes_with_bytes(node):
-            raise ExportError(
-                f"{target} at {site} computes with uint8, and tosa has no unsigned integers; convert to int32 first, "
-                "or choose another dialect"
-            )
+
+
+def byte_arithmetic(graph: fx.Graph) -> Origin | None:
+    """The first operator that computes with unsigned bytes."""
+    return next((_origin(node) for node in graph.nodes if _computes_with_bytes(node)), None)
+
+
+def _origin(node: fx.Node) -> Origin:
+    return Origin(str(node.target), (path_of(node) if node.op == "call_function" else "") or ROOT)
 
 
 def _computes_with_bytes(node: fx.Node) -> bool:

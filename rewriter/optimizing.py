@@ -56,6 +56,9 @@ def optimize(
         expect: ``{"shift_add": 12}``: any other number of sites is an error that prints the nearest misses.
         calibration: iterable of inputs (tensors, tuples or dicts as the model takes them), or :class:`Statistics`.
         seed: every random draw is a function of it, the site and the rule; the global generator is left alone.
+        target: where it will run, ``"cpu"``, ``"cuda"`` or ``"hip"``; default: the model's device. It decides what `strict`
+            looks at; operators choose their code by the device they are called on.
+        strict: refuse sites that would run their aten reference there, with the reason for each.
         keep_original: False frees replaced tensors; then :meth:`Optimized.undo` refuses.
         progress: called with (what, done, total) while working.
 
@@ -78,7 +81,10 @@ def optimize(
         seed=seed,
         allow_untrained=allow_untrained,
     )
-    return _finish(captured, plan, statistics, keep_original, tell)
+    opt = _finish(captured, plan, statistics, keep_original, tell)
+    if strict:
+        _refuse_fallbacks(opt, target)
+    return opt
 
 
 @store.outside_inference_mode
@@ -132,15 +138,25 @@ def _finish(
 def _check_arguments(budget: Any, recover: Any, target: str | None, strict: bool, calibration: Any) -> None:
     if target not in _TARGETS:
         raise PlanError(f"target must be one of {', '.join(map(repr, _TARGETS))}, not {target!r}")
-    if target not in (None, "cpu") or strict:
-        raise PlanError(
-            f"target={target!r}, strict={strict}: no lowered kernels are in this version, operators run their aten "
-            "reference on every device; leave both at their defaults"
-        )
+    if target == "mlir":
+        raise PlanError("target='mlir': a rewritten model runs in PyTorch; call export_mlir on it for MLIR")
     for name, value in (("budget", budget), ("recover", recover)):
         if value is not None:
             without = "" if calibration is not None else " and needs data (calibration=)"
             raise PlanError(f"{name}= is not in this version{without}; choose settings by hand and read the report")
+
+
+def _refuse_fallbacks(opt: Optimized, target: str | None) -> None:
+    from rewriter.codegen.implementations import fallbacks
+
+    device = target or next((t.device.type for t in opt.parameters()), "cpu")
+    lines = fallbacks(opt.program, "cpu" if device == "cpu" else "cuda")
+    if lines:
+        listed = "\n  ".join(lines)
+        raise PlanError(
+            f"strict=True: {len(lines)} sites would run their aten reference on {device}:\n  {listed}\n"
+            "choose other settings there, leave them out by select=, or leave strict at False"
+        )
 
 
 @dataclass(frozen=True)

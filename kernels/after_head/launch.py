@@ -23,6 +23,7 @@ from rewriter.kernels.vq_logits.loss_launch import (
     loss_backward,
     loss_blocks,
     weighted_backward,
+    within_codes,
 )
 from rewriter.kernels.vq_logits.tiers_launch import cdiv, code_logits, expanded, require, rows_of, sums_by_code
 
@@ -50,7 +51,7 @@ def softmax(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | N
 def _normalised(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, exp: bool) -> Tensor:
     require(h, codebook, code_of, token_bias)
     flat, codebook = rows_of(h), codebook.contiguous()
-    log_z = Tiles(flat, codebook, log_mass(code_of, token_bias, codebook.shape[0])).total()
+    log_z = Tiles(flat, codebook, log_mass(code_of, token_bias, codebook.shape[0])).log_z()
     table = code_logits(flat, codebook, torch.float32)
     out = h.new_empty((flat.shape[0], code_of.shape[0]), dtype=torch.float32)
     bias = None if token_bias is None else token_bias.contiguous()
@@ -66,17 +67,16 @@ def soft_cross_entropy(
     weight: Tensor | None,
     label_smoothing: float,
 ) -> Tensor:
-    """`vq_tiers_soft_cross_entropy`: Σ_i t_i log Z − Σ_j T_j l_j − Σ_i t_i b_i, T the weights t summed per code."""
+    """`vq_tiers_soft_cross_entropy`: −Σ_j T_j log P(j) − Σ_i t_i log P(i | M(i)), T the sums of t."""
     require(h, codebook, code_of, token_bias, target, weight)
     codes = codebook.shape[0]
     flat, codebook = rows_of(h), codebook.contiguous()
     t = soft_weights(rows_of(target).float(), weight, label_smoothing)
     per_code = torch.zeros((flat.shape[0], codes), dtype=torch.float32, device=h.device)
     sums_by_code(t, unpack_codes(code_of), codes, per_code)
-    times_bias = t.new_zeros(t.shape[0]) if token_bias is None else t @ token_bias.float()
-    tiles = Tiles(flat, codebook, log_mass(code_of, token_bias, codes), share=per_code)
-    loss, _ = tiles.loss(share_sums=(t.sum(-1), times_bias))
-    return loss.reshape(h.shape[:-1])
+    mass = log_mass(code_of, token_bias, codes)
+    tiles = Tiles(flat, codebook, mass, share=per_code)
+    return tiles.loss(share_within=t @ within_codes(code_of, token_bias, mass)).reshape(h.shape[:-1])
 
 
 # -- the largest logits ------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ LOGSUMEXP_BACKWARD = KernelSpec(
     schema="(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor log_z, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     reference=operator(_logsumexp_gradients, (1, 2, None)),
-    fake=fake((1, 2, None), biases=2),
+    fake=fake((1, 2, None), tokens=(2, 0)),
     cost=_logsumexp_backward_cost,
     implementations={"cuda": "rewriter.kernels.vq_logits.loss_launch:linear_logsumexp_backward"},
 )

@@ -3,8 +3,8 @@
 
 What it computes, and the gradient, are written in `rewriter.kernels.cross_entropy.reference`. log Z is a second result
 because the way back needs it, and because penalties on it (z-loss) are common. Gradients flow to x, weight, bias and class
-weights. On the CPU the way back is differentiable aten of saved inputs and results, so second derivatives are right too; on
-a GPU it is `rewriter::linear_cross_entropy_backward`, which has none.
+weights. The way back is `rewriter::linear_cross_entropy_backward`; where its own derivative is asked for on a CPU, it is
+differentiable aten of saved inputs and results instead, so second derivatives are right too.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
 def _backward(ctx: Any, grad: Tensor, grad_log_z: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, log_z = ctx.saved_tensors
     needed = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
-    function = linear_cross_entropy_backward if on_device(grad) else gradients
+    function = linear_cross_entropy_backward if is_last(grad) else gradients
     found = function(grad, grad_log_z, *inputs, log_z, *ctx.options, needed)
     to_x, to_weight, to_bias, to_class = (g if need else None for g, need in zip(found, needed, strict=True))
     return to_x, to_weight, to_bias, None, to_class, *(None for _ in ctx.options)
 
 
-def on_device(x: Tensor) -> bool:
-    """Whether gradients are computed by an operator with a kernel instead of differentiable aten."""
-    return x.is_cuda
+def is_last(grad: Tensor) -> bool:
+    """Whether gradients are computed by an operator with kernels instead of differentiable aten."""
+    return grad.is_cuda or not (torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(grad))
 
 
 def _gradients_fake(grad: Tensor, grad_log_z: Tensor, *args: Any) -> Gradients:
@@ -132,7 +132,10 @@ linear_cross_entropy: OpOverload = KernelSpec(
     vmap=_vmap,
     cost=_cost,
     autocast=("x",),
-    implementations={"cuda": "rewriter.kernels.cross_entropy.launch:linear_cross_entropy"},
+    implementations={
+        "cpu": "rewriter.kernels.cross_entropy.blocked:linear_cross_entropy",
+        "cuda": "rewriter.kernels.cross_entropy.launch:linear_cross_entropy",
+    },
 ).register()
 
 linear_cross_entropy_backward: OpOverload = KernelSpec(
@@ -145,5 +148,8 @@ linear_cross_entropy_backward: OpOverload = KernelSpec(
     reference=gradients,
     fake=_gradients_fake,
     cost=_gradients_cost,
-    implementations={"cuda": "rewriter.kernels.cross_entropy.launch:linear_cross_entropy_backward"},
+    implementations={
+        "cpu": "rewriter.kernels.cross_entropy.blocked:linear_cross_entropy_backward",
+        "cuda": "rewriter.kernels.cross_entropy.launch:linear_cross_entropy_backward",
+    },
 ).register()

@@ -5,6 +5,8 @@ Alone it does nothing that torch's own does not. It is the template the code gen
 (`rewriter.codegen.emitting`): what stands at the two hooks is computed while the tile is in registers.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton

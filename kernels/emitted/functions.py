@@ -5,6 +5,8 @@ NaN and infinities go through them as through torch's functions of the same name
 (tanh, expm1, log1p) are computed by series or by Kahan's quotient there, so that small values keep their relative error.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton

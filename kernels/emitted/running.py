@@ -70,7 +70,7 @@ def fused(
         if copy is None:
             launch(request.kernel, request.grid, request.args, request.constants, request.configs)
             continue
-        given = _without(request.args, copy.folded) | operands
+        given = {**_without(request.args, copy.folded), **operands}
         given = {name: out if _shared(a, result) else a for name, a in given.items()}
         if standing_in is not None:
             given = _replaced(given, *standing_in)

@@ -95,7 +95,13 @@ def written_kernel(
         g = step_decays(g_ptr + batch * g_b + (head // g_share).to(tl.int64) * g_h, g_t, rows, real)
         inverse *= tl.exp(tl.cumsum(g, 0))[None, :]
     power = power_of(inverse, x, 1)
-    made = tl.dot((inverse / power).to(x.dtype), x, input_precision=PRECISION) * power
+    inverse = inverse / power
+    high = inverse.to(x.dtype)
+    made = tl.dot(high, x, input_precision=PRECISION)
+    if x.dtype != tl.float32:
+        # What the narrow dtype loses of T: V − W S would otherwise lose the errors of what is being corrected.
+        made += tl.dot((inverse - high.to(tl.float32)).to(x.dtype), x, input_precision=PRECISION)
+    made *= power
     store_tile(out_ptr + row * length * width, width, rows, rows < length, columns, width, made)
 
 

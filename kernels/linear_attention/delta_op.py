@@ -101,6 +101,7 @@ delta_attention: OpOverload = KernelSpec(
     name="delta_attention",
     schema=_SCHEMA,
     reference=_reference,
+    implementations={"cuda": "rewriter.kernels.linear_attention.launch:delta_attention"},
     decomposition=partial(_reference, dynamic=True),
     fake=_fake,
     setup_context=_setup,

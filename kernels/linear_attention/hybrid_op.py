@@ -137,7 +137,10 @@ hybrid_attention: OpOverload = KernelSpec(
     name="hybrid_attention",
     schema=_SCHEMA,
     reference=_reference,
-    implementations={"cpu": "rewriter.kernels.linear_attention.native:hybrid_attention"},
+    implementations={
+        "cpu": "rewriter.kernels.linear_attention.native:hybrid_attention",
+        "cuda": "rewriter.kernels.linear_attention.launch:hybrid_attention",
+    },
     decomposition=partial(_reference, dynamic=True),
     fake=_fake,
     setup_context=_setup,

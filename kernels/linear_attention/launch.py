@@ -7,9 +7,11 @@ from rewriter.kernels.linear_attention.launch_additive import SHIPPED as ADDITIV
 from rewriter.kernels.linear_attention.launch_additive import forward as linear_attention
 from rewriter.kernels.linear_attention.launch_additive_backward import SHIPPED as ADDITIVE_BACKWARD
 from rewriter.kernels.linear_attention.launch_additive_backward import backward as linear_attention_backward
+from rewriter.kernels.linear_attention.launch_delta import SHIPPED as DELTA
+from rewriter.kernels.linear_attention.launch_delta import forward as delta_attention
 from rewriter.kernels.linear_attention.launch_hybrid import SHIPPED as HYBRID
 from rewriter.kernels.linear_attention.launch_hybrid import forward as hybrid_attention
 
-__all__ = ["SHIPPED", "hybrid_attention", "linear_attention", "linear_attention_backward"]
+__all__ = ["SHIPPED", "delta_attention", "hybrid_attention", "linear_attention", "linear_attention_backward"]
 
-SHIPPED = (*ADDITIVE, *ADDITIVE_BACKWARD, *HYBRID)
+SHIPPED = (*ADDITIVE, *ADDITIVE_BACKWARD, *DELTA, *HYBRID)

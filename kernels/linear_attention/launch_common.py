@@ -40,7 +40,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def pointer(name: str, x: Tensor) -> dict[str, Any]:
-    """A ``[B, h, T, ·]`` argument with its strides, as the kernels name them."""
+    """A ``[B, h, T, ·]`` or ``[B, h, T]`` argument with its strides, as the kernels name them."""
     return {f"{name}_ptr": x, f"{name}_b": x.stride(0), f"{name}_h": x.stride(1), f"{name}_t": x.stride(2)}
 
 

@@ -191,14 +191,18 @@ class _Call:
             "ABSOLUTE": setting.anchor == "none", "BT": self.size, "BD": block(width, WIDEST_HEAD),
             "PRECISION": precision(self.q.dtype),
         }  # fmt: skip
-        most = 32 if self.q.dtype is torch.float32 else 64
-        sizes = {"BK": most, "BF": block(max(count, 1), most), "BV": block(values, most)}
+        wide, crowded = self.q.dtype is torch.float32, setting.block == "terrace" and setting.sinks > 0
+        sizes = {
+            "BK": 16 if wide else 32,
+            "BF": block(max(count, 1), 32 if wide else 64),
+            "BV": block(values, 32 if wide or crowded else 64),
+        }
         launch(
             hybrid_kernels.hybrid_kernel,
             lambda c: (batch * query_heads, self.chunks, triton.cdiv(values, c["BV"])),
             only(arguments, hybrid_kernels.hybrid_kernel),
             constants,
-            [Config(sizes, num_warps=8)],
+            [Config(sizes, num_warps=8, num_stages=1 if wide else 2)],
         )
         return out
 

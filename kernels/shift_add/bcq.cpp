@@ -95,11 +95,20 @@ struct Tabled {
     // The scales of sixteen units from `unit` on, 0 from `count` on; `base` is the row's first group.
     void scales(Row& row, long to, long base, long unit, long count) const {
         if constexpr (!SHARED) {
-            for (int b = 0; b < 4 * QUADS; b++) store(&row.alpha[b][to], Floats{});
-            for (long l = 0; l < count; l++) {
-                const Floats bases = load_floats(w.scale, w.type, (base + (unit + l) / per) * BITS, BITS);
-                for (int b = 0; b < BITS; b++) row.alpha[b][to + l] = bases[b];
+            float bases[LANES][BITS];  // of a group, side by side
+            if (per == 1) {
+                for (long from = 0; from < count * BITS; from += LANES) {
+                    const long left = count * BITS - from;
+                    store(bases[0] + from, load_floats(w.scale, w.type, (base + unit) * BITS + from, left < LANES ? left : LANES));
+                }
+            } else {
+                for (long l = 0; l < count; l++) {
+                    const Floats group = load_floats(w.scale, w.type, (base + (unit + l) / per) * BITS, BITS);
+                    memcpy(bases[l], &group, sizeof bases[l]);
+                }
             }
+            for (int b = 0; b < 4 * QUADS; b++)
+                for (int l = 0; l < LANES; l++) row.alpha[b][to + l] = b < BITS && l < count ? bases[l][b] : 0;
             return;
         }
         Floats shared{};

@@ -148,9 +148,12 @@ static inline Ints words(const uint8_t* from) {
     if constexpr (BYTES == 1) return __builtin_convertvector(load<Bytes16>(from), Ints);
     if constexpr (BYTES == 2) return __builtin_convertvector(load<Shorts>(from), Ints);
     if constexpr (BYTES == 4) return load<Ints>(from);
-    uint32_t wide[LANES] = {};
-    for (int l = 0; l < LANES; l++) memcpy(&wide[l], from + l * BYTES, BYTES);
-    return load<Ints>(wide);
+    Bytes packed{};
+    memcpy(&packed, from, LANES * 3);
+    return (Ints)__builtin_shufflevector(
+        packed, Bytes{}, 0, 1, 2, 64, 3, 4, 5, 64, 6, 7, 8, 64, 9, 10, 11, 64, 12, 13, 14, 64, 15, 16, 17, 64, 18, 19,
+        20, 64, 21, 22, 23, 64, 24, 25, 26, 64, 27, 28, 29, 64, 30, 31, 32, 64, 33, 34, 35, 64, 36, 37, 38, 64, 39, 40,
+        41, 64, 42, 43, 44, 64, 45, 46, 47, 64);
 }
 
 // Elements first to first + count - 1 (at most 16) of an array; the other lanes are 0. Reads no more than these.
@@ -161,9 +164,10 @@ static inline Floats load_floats(const void* array, Type type, long first, long 
         memcpy(&v, (const float*)array + first, count * sizeof(float));
         return v;
     }
-    uint16_t narrow[LANES] = {};
-    memcpy(narrow, (const uint16_t*)array + first, count * sizeof(uint16_t));
-    const Ints wide = words<2>((const uint8_t*)narrow);
+    const uint8_t* from = (const uint8_t*)array + first * sizeof(uint16_t);
+    uint8_t part[LANES * sizeof(uint16_t)] = {};
+    if (count < LANES) memcpy(part, from, count * sizeof(uint16_t));
+    const Ints wide = words<2>(count < LANES ? part : from);
     return type == BFLOAT16 ? (Floats)(wide << 16) : from_half(wide);
 }
 

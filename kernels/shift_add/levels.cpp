@@ -50,9 +50,12 @@ struct Kind {
             memset(row.rest, 0, sizeof row.rest);
             memcpy(row.rest, row.codes + whole * LANES * BITS, bytes - whole * LANES * BITS);
         }
-        if constexpr (SPAN == 128)
-            for (long block = first; block < last; block++)
-                row.scale[block - first] = load_floats(w.scale, w.type, row.base + block / per, 1)[0];
+        if constexpr (SPAN != 128) return;
+        for (long block = first; block < last; block += per == 1 ? LANES : 1) {
+            const long count = per > 1 ? 1 : last - block < LANES ? last - block : LANES;
+            const Floats scales = load_floats(w.scale, w.type, row.base + block / per, count);
+            memcpy(row.scale + block - first, &scales, count * sizeof(float));
+        }
     }
 
     void step(Block& part, const Row& row, long block) const {

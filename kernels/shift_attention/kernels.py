@@ -56,11 +56,12 @@ def attend(
     acc = acc / tl.maximum(tl.sqrt(tl.sum(acc * acc, axis=1)), 1e-12)[:, None]
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr + head).to(tl.float32)
-    for tap in tl.static_range(TAPS):
-        near = steps + tap - TAPS // 2
-        seen = seen_tokens(keep_ptr, batch, near, tokens)
-        v = rows(v_ptr, batch, head, near, columns, v_batch, v_head, v_token, tokens, width)
-        acc += tl.load(conv_ptr + head * TAPS + tap).to(tl.float32) * (v * seen[:, None])
+    if conv_ptr is not None:
+        for tap in range(TAPS):
+            near = steps + tap - TAPS // 2
+            seen = seen_tokens(keep_ptr, batch, near, tokens)
+            v = rows(v_ptr, batch, head, near, columns, v_batch, v_head, v_token, tokens, width)
+            acc += tl.load(conv_ptr + head * TAPS + tap).to(tl.float32) * (v * seen[:, None])
     store_rows(out_ptr, pair, steps, columns, acc, tokens, width)
 
 
@@ -85,11 +86,13 @@ def query_gradients(
     length = tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12)[:, None]
     unit = unit / length
     grad = own_rows(grad_ptr, pair, steps, columns, tokens, width)
-    for tap in tl.static_range(TAPS):
+    for tap in range(TAPS):
         near = steps + tap - TAPS // 2
         seen = seen_tokens(keep_ptr, batch, near, tokens)
         v = rows(v_ptr, batch, head, near, columns, v_batch, v_head, v_token, tokens, width) * seen[:, None]
-        tl.store(to_conv_ptr + (pair * tl.num_programs(1) + tile) * TAPS + tap, tl.sum(tl.sum(grad * v, axis=1), axis=0))
+        tl.store(
+            to_conv_ptr + (pair * tl.num_programs(1) + tile) * TAPS + tap, tl.sum(tl.sum(grad * v, axis=1), axis=0)
+        )
     if gain_ptr is not None:
         tl.store(to_gain_ptr + pair * tl.num_programs(1) + tile, tl.sum(tl.sum(grad * unit, axis=1), axis=0))
         grad *= tl.load(gain_ptr + head).to(tl.float32)
@@ -117,10 +120,11 @@ def key_gradients(
     to_sum = own_rows(to_sum_ptr, pair, steps, columns, tokens, width)
     bits = binary_codes(k, dims, dim) * seen[:, None]
     to_v = coded_product(bits, mixed, RESIDUAL * to_sum, WIDE)
-    for tap in tl.static_range(TAPS):
-        near = steps + TAPS // 2 - tap
-        grad = own_rows(grad_ptr, pair, near, columns, tokens, width)
-        to_v += tl.load(conv_ptr + head * TAPS + tap).to(tl.float32) * grad
+    if conv_ptr is not None:
+        for tap in range(TAPS):
+            near = steps + TAPS // 2 - tap
+            grad = own_rows(grad_ptr, pair, near, columns, tokens, width)
+            to_v += tl.load(conv_ptr + head * TAPS + tap).to(tl.float32) * grad
     store_rows(to_v_ptr, pair, steps, columns, to_v * seen[:, None], tokens, width)
     to_bits = product(v, tl.trans(mixed), tl.zeros([BT, DP], dtype=tl.float32), WIDE) * seen[:, None]
     store_rows(to_k_ptr, pair, steps, dims, through(k, to_bits), tokens, dim)
@@ -171,7 +175,8 @@ def seen_tokens(keep_ptr, batch, steps, tokens):
 @triton.jit
 def binary_codes(x, dims, dim):
     # 1[x > mean x]; x / ‖x‖ less itself is zero, and NaN where the reference's code is
-    mean = tl.sum(x, axis=1) / dim
+    total = tl.sum(x, axis=1)
+    mean = tl.div_rn(total, tl.zeros_like(total) + dim)  # rounded once, or equal entries might exceed their mean
     unit = x / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)[:, None]
     return tl.where((x > mean[:, None]) & (dims < dim)[None, :], 1.0, 0.0) + (unit - unit)
 

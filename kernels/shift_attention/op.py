@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator `rewriter::additive_attention`. Importing this module registers it with torch."""
+"""The operator `rewriter::additive_attention` and its gradient. Importing this module registers them with torch."""
 
 from __future__ import annotations
 
@@ -52,8 +52,46 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return reference.gradients(grad, *ctx.saved_tensors, needs=ctx.needs_input_grad)
+    needs = ctx.needs_input_grad
+    if not on_gpu(grad):  # aten, which can be differentiated again
+        return reference.gradients(grad, *ctx.saved_tensors, needs=needs)
+    to_q, to_k, to_v, to_gain, to_conv = additive_attention_backward(grad, *ctx.saved_tensors)
+    each = (to_q, to_k, to_v, None, to_gain, to_conv)
+    return tuple(found if needed else None for found, needed in zip(each, needs, strict=True))
 
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _gradient_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, gain: Tensor | None, conv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    to_q, to_k, to_v = (x.new_empty(x.shape) for x in (q, k, v))
+    to_gain, to_conv = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (gain, conv))
+    return to_q, to_k, to_v, to_gain, to_conv
+
+
+def _gradient_cost(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, gain: Tensor | None, conv: Tensor | None
+) -> Cost:
+    """Two sums over tokens and four products with their results, where the forward has one of each."""
+    forward = _cost(q, k, v, keep, gain, conv)
+    written = sum(t.numel() * t.element_size() for t in (q, k, v, gain, conv) if t is not None)
+    return Cost(3 * forward.flops, forward.bytes_read + grad.numel() * grad.element_size(), written)
+
+
+additive_attention_backward: OpOverload = KernelSpec(
+    name="additive_attention_backward",
+    schema=(
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? gain, Tensor? conv)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    reference=reference.all_gradients,
+    fake=_gradient_fake,
+    cost=_gradient_cost,
+    implementations={"cuda": "rewriter.kernels.shift_attention.launch:additive_attention_backward"},
+).register()
 
 additive_attention: OpOverload = KernelSpec(
     name="additive_attention",
@@ -65,4 +103,5 @@ additive_attention: OpOverload = KernelSpec(
     vmap=_vmap,
     cost=_cost,
     autocast=("q", "k", "v"),
+    implementations={"cuda": "rewriter.kernels.shift_attention.launch:additive_attention"},
 ).register()

@@ -148,3 +148,12 @@ def _filter_gradient(grad: Tensor, v: Tensor, taps: int) -> Tensor:
     padded = F.pad(v, (0, 0, taps // 2, taps // 2))
     tokens = v.shape[2]
     return torch.stack([(grad * padded[:, :, t : t + tokens]).sum((0, 2, 3)) for t in range(taps)], dim=-1)
+
+
+def all_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, gain: Tensor | None, conv: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`gradients` of q, k, v, gain and conv, the last two empty where there are none; contiguous."""
+    found = gradients(grad, q, k, v, keep, gain, conv, needs=[True] * 6)
+    to_q, to_k, to_v, _, to_gain, to_conv = (q.new_empty(0) if x is None else x.contiguous() for x in found)
+    return to_q, to_k, to_v, to_gain, to_conv

@@ -112,16 +112,15 @@ def operator(formula: Callable[..., Grads], places: Sequence[int | None]) -> Cal
     return reference
 
 
-def fake(places: Sequence[int | None], biases: int) -> Callable[..., tuple[Tensor, ...]]:
-    """The fake of `operator`; ``biases`` is the argument with a row for each token (its last dimension where floating)."""
+def fake(places: Sequence[int | None], tokens: tuple[int, int]) -> Callable[..., tuple[Tensor, ...]]:
+    """The fake of `operator`; ``tokens`` is an argument and its dimension as long as a bias."""
 
     def made(*args: Any) -> tuple[Tensor, ...]:
-        rows = args[biases]
-        tokens = rows.shape[-1] if rows.is_floating_point() else rows.shape[0]
+        argument, dimension = tokens
         results = []
         for want, place in zip(args[-1], places, strict=True):
             like = _empty(args, place)
-            shape = (tokens,) if place is None else args[place].shape
+            shape = args[argument].shape[dimension : dimension + 1 or None] if place is None else args[place].shape
             results.append(like.new_empty(shape) if want else like)
         return tuple(results)
 
@@ -170,7 +169,7 @@ TIERS = KernelSpec(
     name="vq_logits_tiers_backward",
     schema=f"({_CODEBOOK}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     reference=operator(tiers, (1, 2, None)),
-    fake=fake((1, 2, None), biases=0),
+    fake=fake((1, 2, None), tokens=(0, -1)),
     cost=_tiers_cost,
     implementations={"cuda": "rewriter.kernels.vq_logits.tiers_launch:tiers_backward"},
 )
@@ -179,7 +178,7 @@ RESIDUAL = KernelSpec(
     name="vq_logits_residual_backward",
     schema=f"({_CODEBOOK}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     reference=operator(residual, (1, 2, None)),
-    fake=fake((1, 2, None), biases=0),
+    fake=fake((1, 2, None), tokens=(0, -1)),
     cost=_tiers_cost,
     implementations={"cuda": "rewriter.kernels.vq_logits.tiers_launch:residual_backward"},
 )
@@ -188,7 +187,7 @@ PRODUCT = KernelSpec(
     name="vq_logits_product_backward",
     schema=f"({_CODEBOOK}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     reference=operator(product, (1, 2, None)),
-    fake=fake((1, 2, None), biases=0),
+    fake=fake((1, 2, None), tokens=(0, -1)),
     cost=_product_cost,
     implementations={"cuda": "rewriter.kernels.vq_logits.product_launch:product_backward"},
 )
@@ -197,7 +196,7 @@ EXACT = KernelSpec(
     name="vq_logits_product_exact_backward",
     schema=f"({_CODEBOOK}, Tensor exact, Tensor exact_of, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=operator(exact, (1, 2, None, 4)),
-    fake=fake((1, 2, None, 4), biases=0),
+    fake=fake((1, 2, None, 4), tokens=(0, -1)),
     cost=_exact_cost,
     implementations={"cuda": "rewriter.kernels.vq_logits.product_launch:product_exact_backward"},
 )

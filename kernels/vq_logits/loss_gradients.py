@@ -160,7 +160,7 @@ LOSS = KernelSpec(
     schema=f"({_HEAD}, Tensor? target, Tensor? weight, float label_smoothing, int ignore_index, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     reference=operator(loss, _OF_HEAD),
-    fake=fake(_OF_HEAD, biases=3),
+    fake=fake(_OF_HEAD, tokens=(3, 0)),
     cost=_cost,
     implementations={"cuda": "rewriter.kernels.vq_logits.loss_launch:loss_backward"},
 )
@@ -169,7 +169,7 @@ LOG_SOFTMAX = KernelSpec(
     name="vq_tiers_log_softmax_backward",
     schema=f"({_HEAD}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     reference=operator(log_softmax, _OF_HEAD),
-    fake=fake(_OF_HEAD, biases=3),
+    fake=fake(_OF_HEAD, tokens=(3, 0)),
     cost=_cost,
     implementations={"cuda": "rewriter.kernels.vq_logits.loss_launch:weighted_backward"},
 )

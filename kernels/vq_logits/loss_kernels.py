@@ -30,86 +30,100 @@ def code_of_target(target, code_of, rows, positions, tokens, ignored, BYTES: tl.
 
 @triton.jit
 def tile_losses(
-    h, table, offset, target, code_of, share, log_z, picked, shared,
+    h, table, offset, target, code_of, share, tops, sums, picked, shared, shares,
     positions, entries, tokens, width, share_stride, ignored,
     PRECISION: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Per tile t of columns: log_z[t, n] = log Σ_j e^{x_nj}; optional are
+    """Per tile t of columns, all ``[tiles, positions]``: tops[t, n] = max_j x_nj and sums[t, n] = Σ_j e^{x_nj − top}.
+    Optional are
 
-    * with a target: picked[n] = h_n·row_j of the target's code j (written by the one tile that has it);
-    * with a share: shared[t, n] = Σ_j share_nj (h_n·row_j), share ``[positions, share_stride]`` (stride 0: one row for
-      all). Without offset, as everything but log Z is.
+    * with a target: picked[n] = x_nj of the target's code j (written by the one tile that has it);
+    * with a share: shared[t, n] = Σ_j share_nj (x_nj − top) and shares[t, n] = Σ_j share_nj, where share is
+      ``[positions, share_stride]`` (stride 0: one row for all).
+
+    Everything is relative to the tile's largest x, since what follows are differences: log Z as one number would be
+    rounded to the precision of x, not to that of a loss.
     """
     tile = tl.program_id(0)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     is_row, is_entry = rows < positions, columns < entries
-    logits = dot_tile(h, table, rows, columns, positions, entries, width, PRECISION, ROWS, COLUMNS, WIDTH)
-    x = logits
+    x = dot_tile(h, table, rows, columns, positions, entries, width, PRECISION, ROWS, COLUMNS, WIDTH)
     if offset is not None:
         x += tl.load(offset + columns, mask=is_entry, other=0.0).to(tl.float32)[None, :]
     x = tl.where(is_entry[None, :], x, float("-inf"))
-    # log Σ_j e^{x_j} = m + log Σ_j e^{x_j − m}
-    top = _finite(tl.max(x, axis=1))
-    total = tl.log(tl.sum(tl.exp(x - top[:, None]), axis=1)) + top
-    tl.store(log_z + tile.to(tl.int64) * positions + rows, total, mask=is_row)
+    place = tile.to(tl.int64) * positions + rows
+    top = tl.max(x, axis=1)
+    shift = _finite(top)[:, None]
+    tl.store(tops + place, top, mask=is_row)
+    tl.store(sums + place, tl.sum(tl.exp(x - shift), axis=1), mask=is_row)
     if target is not None:
         own, _ = code_of_target(target, code_of, rows, positions, tokens, ignored, BYTES)
-        logit = tl.sum(tl.where(columns[None, :] == own[:, None], logits, 0.0), axis=1)
+        mine = tl.sum(tl.where(columns[None, :] == own[:, None], x, 0.0), axis=1)
         here = (own >= tile * COLUMNS) & (own < tile * COLUMNS + COLUMNS)
-        tl.store(picked + rows, logit, mask=is_row & here)
+        tl.store(picked + rows, mine, mask=is_row & here)
     if share is not None:
-        place = rows.to(tl.int64)[:, None] * share_stride + columns[None, :]
-        s = tl.load(share + place, mask=is_row[:, None] & is_entry[None, :], other=0.0)
-        part = tl.sum(tl.where(s == 0, 0.0, s * logits), axis=1)  # nothing is on a code without tokens
-        tl.store(shared + tile.to(tl.int64) * positions + rows, part, mask=is_row)
+        at = rows.to(tl.int64)[:, None] * share_stride + columns[None, :]
+        s = tl.load(share + at, mask=is_row[:, None] & is_entry[None, :], other=0.0)
+        part = tl.sum(tl.where(s == 0, 0.0, s * (x - shift)), axis=1)  # nothing is on a code without tokens
+        tl.store(shared + place, part, mask=is_row)
+        tl.store(shares + place, tl.sum(s, axis=1), mask=is_row)
 
 
 @triton.jit
-def _over_tiles(log_z, rows, positions, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """log Σ_t e^{log_z[t, n]}. Tiles are reduced once, at the end."""
+def _over_tiles(tops, sums, rows, positions, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """The largest x, 0 if that is infinite, and Σ e^{x − it}. Tiles are reduced once, at the end."""
     is_row = (rows < positions)[:, None]
-    tops = tl.full((ROWS, TILES), float("-inf"), dtype=tl.float32)
+    highest = tl.full((ROWS, TILES), float("-inf"), dtype=tl.float32)
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
         place = tile.to(tl.int64)[None, :] * positions + rows[:, None]
-        tops = tl.maximum(tops, tl.load(log_z + place, mask=is_row & (tile < tiles)[None, :], other=float("-inf")))
-    top = _finite(tl.max(tops, axis=1))
+        high = tl.load(tops + place, mask=is_row & (tile < tiles)[None, :], other=float("-inf"))
+        highest = tl.maximum(highest, high)
+    top = _finite(tl.max(highest, axis=1))
     totals = tl.zeros((ROWS, TILES), dtype=tl.float32)
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
+        inside = is_row & (tile < tiles)[None, :]
         place = tile.to(tl.int64)[None, :] * positions + rows[:, None]
-        x = tl.load(log_z + place, mask=is_row & (tile < tiles)[None, :], other=float("-inf"))
-        totals += tl.exp(x - top[:, None])
-    return tl.log(tl.sum(totals, axis=1)) + top
+        high = tl.load(tops + place, mask=inside, other=float("-inf"))  # as of a tile of codes without tokens
+        totals += tl.load(sums + place, mask=inside, other=0.0) * tl.exp(high - top[:, None])
+    return top, tl.sum(totals, axis=1)
 
 
 @triton.jit
-def total_logsumexp(log_z, out, positions, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """out[n] = log Σ_t e^{log_z[t, n]}, over the tiles."""
+def total_logsumexp(
+    tops, sums, out, out_top, positions, tiles, ROWS: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """out[n] = log Z_n; with out_top ``[positions]`` in two parts, the largest x there and log Z less it in out."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = _over_tiles(log_z, rows, positions, tiles, ROWS, TILES)
-    tl.store(out + rows, total, mask=rows < positions)
+    top, total = _over_tiles(tops, sums, rows, positions, tiles, ROWS, TILES)
+    log_z = tl.log(total)
+    if out_top is None:
+        log_z += top
+    else:
+        tl.store(out_top + rows, top, mask=rows < positions)
+    tl.store(out + rows, log_z, mask=rows < positions)
 
 
 @triton.jit
 def total_loss(
-    log_z, picked, shared, target, bias, weight, share_total, share_bias, out_log_z, out,
+    tops, sums, picked, shared, shares, target, code_of, offset, bias, weight, share_within, out,
     positions, tiles, tokens, ignored, own_factor, share_factor,
-    HAS_TARGET: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    HAS_TARGET: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Cross entropy from what the tiles found, and log Z with it.
+    """Cross entropy from what the tiles found:
 
-        out = f w_y (log Z − l_{M(y)} − b_y) + g Σ_i t_i (log Z − l_{M(i)} − b_i)
+        out = −f w_y log p(y) − g Σ_i t_i log p(i),   log p(i) = (x_{M(i)} − log Z) + (b_i − offset_{M(i)})
 
-    with f = own_factor, g = share_factor; Σ_i t_i l_{M(i)} = Σ_tiles shared, Σ_i t_i = share_total and
-    Σ_i t_i b_i = share_bias, of one number (HAS_TARGET) or one per position. 0 where the target is ignored, NaN where
+    with f = own_factor, g = share_factor; t summed per code is what the tiles had as share, and share_within is
+    Σ_i t_i (b_i − offset_{M(i)}), one number (HAS_TARGET) or one per position. 0 where the target is ignored, NaN where
     it is no token.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < positions
-    total = _over_tiles(log_z, rows, positions, tiles, ROWS, TILES)
-    tl.store(out_log_z + rows, total, mask=is_row)
+    top, total = _over_tiles(tops, sums, rows, positions, tiles, ROWS, TILES)
+    log_total = tl.log(total)
     loss = tl.zeros((ROWS,), dtype=tl.float32)
     if shared is not None:
         parts = tl.zeros((ROWS, TILES), dtype=tl.float32)
@@ -117,38 +131,44 @@ def total_loss(
             tile = start + tl.arange(0, TILES)
             inside = (tile < tiles)[None, :] & is_row[:, None]
             place = tile.to(tl.int64)[None, :] * positions + rows[:, None]
-            parts += tl.load(shared + place, mask=inside, other=0.0)
+            # Σ_j t_j (x_j − log Z) of a tile, from sums relative to its own largest x
+            high = _finite(tl.load(tops + place, mask=inside, other=0.0))
+            mass = tl.load(shares + place, mask=inside, other=0.0)
+            parts += tl.load(shared + place, mask=inside, other=0.0) + mass * (
+                (high - top[:, None]) - log_total[:, None]
+            )
         part = tl.sum(parts, axis=1)
         if HAS_TARGET:
-            mass, biases = tl.load(share_total), tl.load(share_bias)
+            within = tl.load(share_within)
         else:
-            mass = tl.load(share_total + rows, mask=is_row, other=0.0)
-            biases = tl.load(share_bias + rows, mask=is_row, other=0.0)
-        loss = share_factor * (mass * total - part - biases)
+            within = tl.load(share_within + rows, mask=is_row, other=0.0)
+        loss = -share_factor * (part + within)
     if HAS_TARGET:
-        y = tl.load(target + rows, mask=is_row, other=ignored)
-        is_token = (y != ignored) & (y >= 0) & (y < tokens)
-        own = total - tl.load(picked + rows, mask=is_token, other=0.0)
+        code, y = code_of_target(target, code_of, rows, positions, tokens, ignored, BYTES)
+        is_token = code >= 0
+        within = -tl.load(offset + code, mask=is_token, other=0.0)
         if bias is not None:
-            own -= tl.load(bias + y, mask=is_token, other=0.0).to(tl.float32)
+            within += tl.load(bias + y, mask=is_token, other=0.0).to(tl.float32)
+        own = (tl.load(picked + rows, mask=is_token, other=0.0) - top - log_total) + within
         own *= own_factor
         if weight is not None:
             own *= tl.load(weight + y, mask=is_token, other=0.0).to(tl.float32)
-        loss = tl.where(is_token, loss + own, tl.where(y == ignored, 0.0, float("nan")))
+        loss = tl.where(is_token, loss - own, tl.where(y == ignored, 0.0, float("nan")))
     tl.store(out + rows, loss, mask=is_row)
 
 
 @triton.jit
 def tile_gradients(
-    h, table, offset, log_z, total, sums, share, share_of, target, own_of, code_of, out, column_sums,
+    h, table, offset, top, log_z, total, sums, share, share_of, target, own_of, code_of, out, column_sums,
     positions, entries, tokens, width, ignored,
     PRECISION: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gradient at the logits of the table's rows, ``[positions, entries]`` in out's dtype:
 
-        out_nj = total_n p_nj + sums_nj + share_of_n share_j + own_of_n [j is the code of target n],   p = e^{x − log Z}
+        out_nj = total_n p_nj + sums_nj + share_of_n share_j + own_of_n [j is the code of target n]
 
-    the last three optional. column_sums ``[row tiles, entries]``, optional: Σ_n total_n p_nj of the tile's positions.
+    the last three optional; p = e^{x − top − log_z}, where top is optional too (0). column_sums ``[row tiles, entries]``,
+    optional: Σ_n total_n p_nj of the tile's positions.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -159,6 +179,8 @@ def tile_gradients(
     if offset is not None:
         x += tl.load(offset + columns, mask=is_entry, other=float("-inf")).to(tl.float32)[None, :]
     # p_j = exp(l_j + B_j − log Z)
+    if top is not None:
+        x -= tl.load(top + rows, mask=is_row, other=0.0)[:, None]
     z = tl.load(log_z + rows, mask=is_row, other=0.0)
     factor = tl.load(total + rows, mask=is_row, other=0.0)
     gradient = tl.where(inside, tl.exp(x - z[:, None]) * factor[:, None], 0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rewriter.kernels.launching import Config, launch, precision
 from rewriter.kernels.vq_logits import kernels, loss_kernels
 from rewriter.kernels.vq_logits.codec import unpack_codes
-from rewriter.kernels.vq_logits.reference import IGNORE_INDEX
+from rewriter.kernels.vq_logits.reference import IGNORE_INDEX, log_within
 from rewriter.kernels.vq_logits.tiers_launch import cdiv, dot_blocks, require, rows_of, sums_by_code, through_table
 
 _BY_CODE = [Config({"CODES": 8, "TOKENS": 512}, 4, 1)]
@@ -72,12 +72,13 @@ def total_by_code(
 
 
 class Tiles:
-    """Reductions of the tiles of x_nj = h_n·row_j + offset_j over their columns.
+    """Reductions of the tiles of x_nj = h_n·row_j + offset_j over their columns; see `loss_kernels.tile_losses`.
 
-    Attributes:
-        log_z: log Σ e^x, ``[tiles, N]``.
-        picked: logits of the targets' codes, ``[N]``, or None.
-        shared: Σ_j share_nj h_n·row_j, ``[tiles, N]``, or None.
+    Args:
+        flat: ``[N, d]``.
+        table: contiguous ``[K, d]``; its offset ``[K]``.
+        code_of, target: with them the x of the targets' codes are kept; ``ignored`` is the target that has none.
+        share: float32 ``[K]`` or ``[N, K]``: with it Σ_j share_j x_j is kept.
     """
 
     def __init__(
@@ -95,64 +96,75 @@ class Tiles:
         entries = table.shape[0]
         blocks, configs = loss_blocks(positions, flat.dtype)
         self.positions, self.number = positions, cdiv(entries, blocks["COLUMNS"])
-        self.log_z = flat.new_empty((self.number, positions), dtype=torch.float32)
+        self.offset, self.code_of, self.target, self.ignored = offset, code_of, target, ignored
+        self.tops = flat.new_empty((self.number, positions), dtype=torch.float32)
+        self.sums = torch.empty_like(self.tops)
         self.picked = None if target is None else flat.new_empty(positions, dtype=torch.float32)
-        self.shared = None if share is None else torch.empty_like(self.log_z)
+        self.shared = None if share is None else torch.empty_like(self.tops)
+        self.shares = None if share is None else torch.empty_like(self.tops)
         launch(
             loss_kernels.tile_losses,
             lambda c: (self.number, cdiv(positions, c["ROWS"])),
             {"h": flat, "table": table, "offset": offset, "target": target, "code_of": code_of, "share": share,
-             "log_z": self.log_z, "picked": self.picked, "shared": self.shared, "positions": positions,
-             "entries": entries, "tokens": 0 if code_of is None else code_of.shape[0], "width": width,
-             "share_stride": 0 if share is None or share.dim() == 1 else share.stride(0), "ignored": ignored},
+             "tops": self.tops, "sums": self.sums, "picked": self.picked, "shared": self.shared, "shares": self.shares,
+             "positions": positions, "entries": entries, "tokens": 0 if code_of is None else code_of.shape[0],
+             "width": width, "share_stride": 0 if share is None or share.dim() == 1 else share.stride(0),
+             "ignored": ignored},
             {"PRECISION": precision(flat.dtype), "BYTES": 1 if code_of is None else code_of.shape[1], **blocks},
             configs,
         )  # fmt: skip
 
-    def total(self) -> Tensor:
+    def log_z(self) -> Tensor:
         """log Z, float32 ``[N]``."""
-        out = self.log_z.new_empty(self.positions)
+        return self._total(None)
+
+    def log_z_in_parts(self) -> tuple[Tensor, Tensor]:
+        """The largest x, and log Z less it; float32 ``[N]`` both."""
+        top = self.tops.new_empty(self.positions)
+        return top, self._total(top)
+
+    def _total(self, top: Tensor | None) -> Tensor:
+        out = self.tops.new_empty(self.positions)
         launch(
             loss_kernels.total_logsumexp,
             lambda c: (cdiv(self.positions, c["ROWS"]),),
-            {"log_z": self.log_z, "out": out, "positions": self.positions, "tiles": self.number},
+            {"tops": self.tops, "sums": self.sums, "out": out, "out_top": top, "positions": self.positions,
+             "tiles": self.number},
             {},
             _OVER_TILES,
-        )
+        )  # fmt: skip
         return out
 
     def loss(
         self,
         *,
-        target: Tensor | None = None,
         bias: Tensor | None = None,
         weight: Tensor | None = None,
-        tokens: int = 0,
-        ignored: int = IGNORE_INDEX,
         factors: tuple[float, float] = (1.0, 1.0),
-        share_sums: tuple[Tensor | None, Tensor | None] = (None, None),
-    ) -> tuple[Tensor, Tensor]:
-        """Cross entropy and log Z, float32 ``[N]``; see `loss_kernels.total_loss`."""
-        out = self.log_z.new_empty(self.positions)
-        log_z = torch.empty_like(out)
+        share_within: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy, float32 ``[N]``; see `loss_kernels.total_loss`."""
+        out = self.tops.new_empty(self.positions)
+        code_of = self.code_of
         launch(
             loss_kernels.total_loss,
             lambda c: (cdiv(self.positions, c["ROWS"]),),
-            {"log_z": self.log_z, "picked": self.picked, "shared": self.shared, "target": target, "bias": bias,
-             "weight": weight, "share_total": share_sums[0], "share_bias": share_sums[1], "out_log_z": log_z,
-             "out": out, "positions": self.positions, "tiles": self.number, "tokens": tokens, "ignored": ignored,
+            {"tops": self.tops, "sums": self.sums, "picked": self.picked, "shared": self.shared,
+             "shares": self.shares, "target": self.target, "code_of": code_of, "offset": self.offset, "bias": bias,
+             "weight": weight, "share_within": share_within, "out": out, "positions": self.positions,
+             "tiles": self.number, "tokens": 0 if code_of is None else code_of.shape[0], "ignored": self.ignored,
              "own_factor": factors[0], "share_factor": factors[1]},
-            {"HAS_TARGET": target is not None},
+            {"HAS_TARGET": self.target is not None, "BYTES": 1 if code_of is None else code_of.shape[1]},
             _OVER_TILES,
         )  # fmt: skip
-        return out, log_z
+        return out
 
 
 def logsumexp(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
     """`vq_tiers_logsumexp`."""
     require(h, codebook, code_of, token_bias)
     mass = log_mass(code_of, token_bias, codebook.shape[0])
-    return Tiles(rows_of(h), codebook.contiguous(), mass).total().reshape(h.shape[:-1])
+    return Tiles(rows_of(h), codebook.contiguous(), mass).log_z().reshape(h.shape[:-1])
 
 
 def nll(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, target: Tensor) -> Tensor:
@@ -174,35 +186,26 @@ def cross_entropy(
     require(h, codebook, code_of, token_bias, weight)
     codes, tokens = codebook.shape[0], code_of.shape[0]
     mass, code_of, target = log_mass(code_of, token_bias, codes), code_of.contiguous(), target.reshape(-1).contiguous()
-    share, sums = None, (None, None)
+    share = within = None
     if label_smoothing:
-        share, *sums = shares(code_of, token_bias, weight, codes)
+        share = total_by_code(code_of, weight, codes)
+        log_within = within_codes(code_of, token_bias, mass)
+        within = (log_within if weight is None else log_within * weight.float()).sum()
     tiles = Tiles(
         rows_of(h), codebook.contiguous(), mass, code_of=code_of, target=target, ignored=ignore_index, share=share
     )
-    loss, _ = tiles.loss(
-        target=target,
+    loss = tiles.loss(
         bias=None if token_bias is None else token_bias.contiguous(),
         weight=None if weight is None else weight.contiguous(),
-        tokens=tokens,
-        ignored=ignore_index,
         factors=(1 - label_smoothing, label_smoothing / tokens),
-        share_sums=(sums[0], sums[1]),
+        share_within=within,
     )
     return loss.reshape(h.shape[:-1])
 
 
-def shares(
-    code_of: Tensor, token_bias: Tensor | None, weight: Tensor | None, codes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Class weights summed per code ``[K]`` (numbers of tokens without), in all ``[1]``, and times the biases ``[1]``."""
-    per_code = total_by_code(code_of, weight, codes)
-    b = None if token_bias is None else token_bias.float()
-    if b is None:
-        times_bias = per_code.new_zeros(1)
-    else:
-        times_bias = (b if weight is None else b * weight.float()).sum().reshape(1)
-    return per_code, per_code.sum().reshape(1), times_bias
+def within_codes(code_of: Tensor, token_bias: Tensor | None, mass: Tensor) -> Tensor:
+    """log P(i | M(i)) = b_i − B_{M(i)}, float32 ``[V]``."""
+    return log_within(unpack_codes(code_of), token_bias, mass)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------
@@ -215,6 +218,7 @@ def gradient(
     log_z: Tensor,
     total: Tensor,
     *,
+    top: Tensor | None = None,
     sums: Tensor | None = None,
     share: tuple[Tensor, Tensor] | None = None,
     own: tuple[Tensor, Tensor, Tensor, int] | None = None,
@@ -226,6 +230,7 @@ def gradient(
         flat: ``[N, d]``.
         table: contiguous ``[K, d]``; its offset ``[K]``.
         log_z, total: float32 ``[N]``; total is the factor of the probabilities.
+        top: what log_z is short of, float32 ``[N]``, where it is in two parts.
         sums: float32 ``[N, K]`` to be added.
         share: per row of the table ``[K]``, and its factor per position ``[N]``.
         own: target int64 ``[N]``, value at its code ``[N]``, code_of, and the target that is ignored.
@@ -241,7 +246,7 @@ def gradient(
     launch(
         loss_kernels.tile_gradients,
         lambda c: (cdiv(entries, c["COLUMNS"]), row_tiles),
-        {"h": flat, "table": table, "offset": offset, "log_z": log_z, "total": total, "sums": sums,
+        {"h": flat, "table": table, "offset": offset, "top": top, "log_z": log_z, "total": total, "sums": sums,
          "share": share[0] if share else None, "share_of": share[1] if share else None, "target": target,
          "own_of": own_of, "code_of": code_of, "out": out, "column_sums": partial, "positions": positions,
          "entries": entries, "tokens": 0 if code_of is None else code_of.shape[0], "width": width, "ignored": ignored},
@@ -268,7 +273,7 @@ def loss_backward(
     codes, tokens = codebook.shape[0], code_of.shape[0]
     flat, table, code_of = rows_of(h), codebook.contiguous(), code_of.contiguous()
     mass = log_mass(code_of, token_bias, codes)
-    log_z = Tiles(flat, table, mass).total()
+    top, log_z = Tiles(flat, table, mass).log_z_in_parts()
     kept = grad.reshape(-1).float().contiguous()
     share = own = None
     per_token = None  # gradient at the biases except for the part through log Z
@@ -285,11 +290,11 @@ def loss_backward(
         per_token = torch.zeros(tokens, dtype=torch.float32, device=h.device)
         per_token = per_token.index_put((y,), -at_target, accumulate=True)
         if label_smoothing:
-            per_code, mass_of_share, _ = shares(code_of, token_bias, weight, codes)
+            per_code = total_by_code(code_of, weight, codes)
             scaled = kept * (label_smoothing / tokens)
-            share, total = (per_code, -scaled), total + scaled * mass_of_share
+            share, total = (per_code, -scaled), total + scaled * per_code.sum()
             per_token = per_token - scaled.sum() * (1.0 if weight is None else weight.float())
-    of_logits, columns = gradient(flat, table, mass, log_z, total, share=share, own=own, columns=wanted[2])
+    of_logits, columns = gradient(flat, table, mass, log_z, total, top=top, share=share, own=own, columns=wanted[2])
     of_h, of_codebook = through_table(of_logits, flat, codebook, wanted)
     of_bias = h.new_empty(0, dtype=torch.float32)
     if wanted[2] and token_bias is not None and columns is not None:
@@ -310,10 +315,10 @@ def weighted_backward(
     codes = codebook.shape[0]
     flat, rows, table = rows_of(h), rows_of(grad), codebook.contiguous()
     mass = log_mass(code_of, token_bias, codes)
-    log_z = Tiles(flat, table, mass).total()
+    top, log_z = Tiles(flat, table, mass).log_z_in_parts()
     sums = torch.zeros((rows.shape[0], codes), dtype=torch.float32, device=h.device)
     sums_by_code(rows, unpack_codes(code_of), codes, sums)
-    of_logits, columns = gradient(flat, table, mass, log_z, -sums.sum(-1), sums=sums, columns=wanted[2])
+    of_logits, columns = gradient(flat, table, mass, log_z, -sums.sum(-1), top=top, sums=sums, columns=wanted[2])
     of_h, of_codebook = through_table(of_logits, flat, codebook, wanted)
     of_bias = h.new_empty(0, dtype=torch.float32)
     if wanted[2] and token_bias is not None and columns is not None:
@@ -326,7 +331,7 @@ def bias_gradient(
 ) -> Tensor:
     """P_{M(i)} exp(b_i − B_{M(i)}) with P_j = Σ_n total_n p_nj, plus what else falls on the tokens; float32 ``[V]``."""
     code = unpack_codes(code_of)
-    through = columns.index_select(0, code) * (token_bias.float() - mass.index_select(0, code)).exp()
+    through = columns.index_select(0, code) * log_within(code, token_bias, mass).exp()
     return through if per_token is None else through + per_token
 
 
@@ -334,7 +339,7 @@ def linear_logsumexp(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear_logsumexp`."""
     require(h, weight, bias)
     offset = None if bias is None else bias.contiguous()
-    return Tiles(rows_of(h), weight.contiguous(), offset).total().reshape(h.shape[:-1])
+    return Tiles(rows_of(h), weight.contiguous(), offset).log_z().reshape(h.shape[:-1])
 
 
 def linear_logsumexp_backward(

@@ -16,9 +16,11 @@ import typer
 import rewriter
 from rewriter import registry
 from rewriter.cli import explaining, exports, inspecting, jobs, loading
+from rewriter.cli import kernels as kernel_list
 from rewriter.cli import options as o
 from rewriter.cli.console import json_text, progress_bar, quieten, refusing, show
 from rewriter.cli.jobs import DEFAULT_ROWS, Job
+from rewriter.codegen.implementations import implementations
 from rewriter.errors import ExportError, PlanError
 from rewriter.files import atomic_file, check_writable
 from rewriter.storage import check_target
@@ -294,6 +296,49 @@ def diff(
         with progress_bar() as tell:
             found = jobs.optimized(job, tell).opt.diff().below(site)
         show(found, found.to_json(), as_json)
+
+
+@app.command(
+    epilog=o.examples(
+        "rewriter kernels examples/tiny_lm -p fuse,shift_add,vq_logits",
+        "rewriter kernels examples/tiny_lm -p shift_add --target sm_90",
+    )
+)
+def kernels(
+    model: o.Model,
+    passes: o.Passes = "fuse,shift_add,vq_logits",
+    target: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu (timed here), or sm_80, sm_90, sm_100, gfx942 (compiled for).")
+    ] = "cpu",
+    select: o.Select = None,
+    expect: o.Expect = None,
+    example_inputs: o.ExampleInputs = None,
+    static_shapes: o.Static = False,
+    dtype: o.Dtype = "float32",
+    calibration: o.Calibration = None,
+    calibration_rows: o.Rows = DEFAULT_ROWS,
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """Rewrite a model and list the code each site runs: which, why, its source, and the roofline of its work."""
+    with refusing():
+        job = Job(
+            model,
+            passes,
+            example_inputs,
+            calibration,
+            calibration_rows,
+            loading.parse_pairs(select or [], "--select"),
+            loading.parse_counts(expect or []),
+            seed,
+            dtype,
+            static_shapes,
+        )
+        with progress_bar() as tell:
+            opt = jobs.optimized(job, tell).opt
+            tell("kernels", 0, 1)
+            found = implementations(opt.program, target)
+        show(kernel_list.listing(found, target), [one.to_json() for one in found], as_json)
 
 
 @app.command(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from interpreter import interpreting
 from torch import Tensor
 
-from rewriter.kernels.cross_entropy import gradient, launch, op, reference
+from rewriter.kernels.cross_entropy import blocked, gradient, launch, op, reference
 from rewriter.kernels.launching import Unsupported
 from rewriter.kernels.spec import REGISTRY
 
@@ -164,8 +164,9 @@ def test_opcheck_of_the_gradient(needed: list[bool]) -> None:
     torch.library.opcheck(op.linear_cross_entropy_backward, call)
 
 
-def test_training_through_the_operator_a_gpu_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager and compiled, the gradients are those of differentiable aten."""
+def test_training_eager_and_compiled_gives_the_gradients_of_differentiable_aten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     args = drawn(6, 40, 8, torch.float32, 3, bias=True, weighted=False, smoothing=0.1, softcap=None, chunk=16)
     args[:3] = [a.contiguous().requires_grad_() for a in args[:3]]
 
@@ -173,15 +174,80 @@ def test_training_through_the_operator_a_gpu_uses(monkeypatch: pytest.MonkeyPatc
         loss, log_z = function(*args)
         return torch.autograd.grad(loss.sum() + log_z.square().sum(), args[:3])
 
-    wanted = gradients(op.linear_cross_entropy)
-    monkeypatch.setattr(op, "on_device", lambda tensor: True)
     torch._dynamo.reset()
-    for function in (
-        op.linear_cross_entropy,
-        torch.compile(op.linear_cross_entropy, backend="aot_eager", fullgraph=True),
-    ):
-        for one, other in zip(gradients(function), wanted, strict=True):
-            torch.testing.assert_close(one, other)
+    found = [
+        gradients(f) for f in (op.linear_cross_entropy, torch.compile(op.linear_cross_entropy, backend="aot_eager"))
+    ]
+    monkeypatch.setattr(op, "is_last", lambda grad: False)
+    wanted = gradients(op.linear_cross_entropy)
+    for one in found:
+        torch.testing.assert_close(one, wanted)
+
+
+def test_gradients_of_several_seeds_at_once() -> None:
+    args = drawn(3, 20, 4, torch.float32, 3, bias=False, weighted=False, smoothing=0.0, softcap=None, chunk=8)
+    x = args[0].contiguous().requires_grad_()
+    loss, _ = op.linear_cross_entropy(x, *args[1:])
+    (jacobian,) = torch.autograd.grad(loss, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    for row, seed in zip(jacobian, torch.eye(3), strict=True):
+        torch.testing.assert_close(row, torch.autograd.grad(loss, x, seed, retain_graph=True)[0])
+
+
+# ------------------------------------------------------------------------------------------------ blocks on a CPU
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.sampled_from([0, 1, 7, 20]),
+    classes=st.sampled_from([1, 9, 40]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    options=st.fixed_dictionaries(
+        {
+            "bias": st.booleans(),
+            "weighted": st.booleans(),
+            "smoothing": st.sampled_from([0.0, 0.2]),
+            "softcap": st.sampled_from([None, 1.5]),
+            "chunk": st.sampled_from([4, 100]),
+            "transposed": st.booleans(),
+            "weight_dtype": st.sampled_from([None, torch.float32]),
+        }
+    ),
+    seed=st.integers(0, 999),
+)
+def test_blocks_are_the_reference(
+    rows: int, classes: int, dtype: torch.dtype, options: dict[str, Any], seed: int
+) -> None:
+    args = drawn(rows, classes, 5, dtype, seed, **options)
+    g = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(rows, generator=g), torch.randn(rows, generator=g)]
+    needed = [True, True, options["bias"], False]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "ROWS", 8)
+        got = blocked.linear_cross_entropy(*args)
+        found = blocked.linear_cross_entropy_backward(*grads, *args[:5], got[1], *args[5:], needed)
+    eager, wanted = reference.linear_cross_entropy(*args), reference.linear_cross_entropy(*golden(args))
+    its = gradient.gradients(*grads, *args[:5], eager[1], *args[5:], needed)
+    right = gradient.gradients(*golden(grads), *golden(args[:5]), wanted[1], *args[5:], needed)
+    for one, other, exact in zip((*got, *found), (*eager, *its), (*wanted, *right), strict=True):
+        judge(one, other, exact)
+
+
+def test_blocks_know_infinite_and_undefined_logits() -> None:
+    args = drawn(4, 60, 16, torch.float32, 1, bias=True, weighted=False, smoothing=0.0, softcap=None, chunk=16)
+    args[2][:32] = float("-inf")
+    args[3][:] = torch.tensor([33, 34, IGNORED, 35])
+    args[0][1] = float("nan")
+    got, want = blocked.linear_cross_entropy(*args), reference.linear_cross_entropy(*args)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    for value in (float("-inf"), float("inf")):
+        args[2][5:] = value
+        assert blocked.linear_cross_entropy(*args)[1][0] == value
+
+
+def test_class_weights_that_learn_are_left_to_the_reference() -> None:
+    args = drawn(2, 3, 4, torch.float32, 0, bias=False, weighted=True, smoothing=0.0, softcap=None, chunk=64)
+    with pytest.raises(Unsupported, match="class weights"):
+        blocked.linear_cross_entropy_backward(*torch.ones(2, 2), *args[:5], torch.ones(2), *args[5:], [True] * 4)
 
 
 def test_cost_of_the_gradient_counts_the_products_asked_for() -> None:

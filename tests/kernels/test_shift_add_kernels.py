@@ -114,7 +114,7 @@ def total(case: Case, x: Tensor, bias: Tensor | None) -> Tensor:
     return x.double().abs() @ case.dense().abs().t() + added
 
 
-@settings(deadline=None, max_examples=24)
+@settings(deadline=None, max_examples=20)
 @given(st.data(), weights(), st.booleans(), st.integers(0, 1))
 def test_linear_is_the_reference(data: st.DataObject, case: Case, biased: bool, which: int) -> None:
     x = data.draw(activations(case.width))
@@ -180,7 +180,7 @@ def test_the_input_gradient_is_the_reference(data: st.DataObject, case: Case) ->
     judge(found, own, golden, grad.double().abs() @ case.dense().abs())
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.data(), weights(), st.sampled_from(("scale", "levels")))
 def test_gradients_of_scales_and_levels_are_the_reference(data: st.DataObject, case: Case, wanted: str) -> None:
     wanted = wanted if case.format == "level" else "scale"

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of linear attention, interpreted on the CPU in poisoned memory, against the reference in float64.
+
+An error is judged by root mean square: at most twice that of the reference in the same dtype, and one unit in the last
+place. A running sum of decays b is rounded too, so that e^b is off by |b| units; the reference adds them up in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import after, case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interpreter import interpreting
+from torch import Tensor
+
+from rewriter.kernels.launching import Unsupported
+from rewriter.kernels.linear_attention import additive_op, delta_op, hybrid_op, launch, op
+from rewriter.kernels.spec import REGISTRY
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Values = list[Any]
+
+
+def few(count: int) -> Callable[..., Any]:
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def wide(values: Sequence[Any]) -> Values:
+    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def check(
+    got: Sequence[Tensor], reference: Callable[..., Sequence[Tensor]], values: Values, dtype: torch.dtype, units: float = 1
+) -> None:
+    """``got`` is the reference's result for ``values`` up to what the dtype loses."""
+    want, own = reference(*wide(values)), reference(*values)
+    assert len(got) == len(own)
+    for index, (x, narrow, golden) in enumerate(zip(got, own, want, strict=True)):
+        assert x.shape == narrow.shape and x.dtype == narrow.dtype, index
+        assert not x.numel() or x.is_contiguous(), index
+        if not x.is_floating_point():
+            assert torch.equal(x, narrow), index
+            continue
+        assert bool(x.isfinite().all()), index
+        allowed = 2 * rms(narrow.double() - golden) + units * torch.finfo(dtype).eps * rms(golden)
+        assert rms(x.double() - golden) <= allowed, f"result {index}: {rms(x.double() - golden)} > {allowed}"
+
+
+class Draw:
+    """Random tensors ``[B, h, T, width]`` with the strides a model may have."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, strides: str) -> None:
+        self.generator, self.dtype, self.strides = torch.Generator().manual_seed(seed), dtype, strides
+
+    def __call__(self, *shape: int, positive: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        make = torch.rand if positive else torch.randn
+        batch, heads, *rest = shape
+        if self.strides == "transposed" and len(rest) == 2:  # as projections give it: [B, T, h, width]
+            x = make(batch, rest[0], heads, rest[1], generator=self.generator).transpose(1, 2)
+        elif self.strides == "sliced":
+            x = make(batch, heads, *rest[:-1], 2 * rest[-1] + 1, generator=self.generator)[..., 1::2]
+        else:
+            x = make(*shape, generator=self.generator)
+        x = x.to(dtype or self.dtype)
+        return x
+
+    def keep(self, batch: int, length: int) -> Tensor:
+        return torch.rand(batch, length, generator=self.generator) < 0.7
+
+
+HEADS = [(1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 2, 1), (4, 2, 1, 1), (2, 2, 2, 2), (2, 1, 1, 2)]
+
+
+@st.composite
+def additive_calls(draw: st.DrawFn) -> tuple[torch.dtype, Values, float]:
+    """Arguments of `linear_attention`, and how large the sums of decays become."""
+    dtype = draw(st.sampled_from(DTYPES))
+    make = Draw(draw(st.integers(0, 2**20)), dtype, draw(st.sampled_from(["dense", "transposed", "sliced"])))
+    (heads, of_k, of_v, of_g), batch = draw(st.sampled_from(HEADS)), draw(st.sampled_from([1, 1, 2]))
+    length, features = draw(st.sampled_from([1, 3, 9, 17, 33])), draw(st.sampled_from([1, 5, 16, 40]))
+    values, decay = draw(st.sampled_from([1, 7, 33])), draw(st.sampled_from([None, 1, 3, 4]))
+    causal = decay is not None or draw(st.booleans())
+    keys = length if causal else draw(st.sampled_from([length, 12, 20]))
+    q = make(batch, heads, length, features, positive=True)
+    k = make(batch, of_k, keys, features, positive=True, dtype=draw(st.sampled_from([dtype, dtype, torch.float32])))
+    v = make(batch, of_v, keys, values)
+    shapes = {1: (of_g,), 3: (batch, of_g, keys), 4: (batch, of_g, keys, features)}
+    g = None if decay is None else -2 * torch.rand(shapes[decay], generator=make.generator)
+    if g is not None and draw(st.booleans()):
+        g.flatten()[0] = -torch.inf
+    keep = make.keep(batch, keys) if draw(st.booleans()) else None
+    state = normaliser = None
+    if draw(st.booleans()):
+        states = max(of_k, of_v, of_g if g is not None else 1)
+        state = make(batch, states, features, values, dtype=torch.float32)
+        normaliser = 1 + make(batch, states, features, positive=True, dtype=torch.float32)
+    normalise = draw(st.sampled_from(["sum", "none"]))
+    # At least one chunk boundary inside the longer ones.
+    call = [q, k, v, g, keep, state, normaliser, 0.7, causal, normalise, 16]
+    return dtype, call, 1.0 if g is None else 16.0
+
+
+@pytest.mark.hypothesis
+@few(18)
+@given(additive_calls())
+def test_additive_forward(case: tuple[torch.dtype, Values, float]) -> None:
+    dtype, values, units = case
+    with interpreting():
+        got = launch.linear_attention(*values)
+    check(got, additive_op._additive, values, dtype, units)
+
+
+def gradient(name: str, grads: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """The gradient's reference, of inputs and flags."""
+    reference = REGISTRY[getattr(torch.ops.rewriter, f"{name}_backward").default].reference
+    return lambda *rest: reference([g.double() if rest[0].dtype is torch.float64 else g for g in grads], *rest)
+
+
+@pytest.mark.hypothesis
+@few(12)
+@given(additive_calls(), st.integers(0, 2**20))
+def test_additive_gradients(case: tuple[torch.dtype, Values, float], seed: int) -> None:
+    dtype, values, units = case
+    outputs = op.linear_attention(*values)
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    needs = [isinstance(v, Tensor) and v.is_floating_point() for v in values]
+    with interpreting():
+        got = launch.linear_attention_backward(grads, *values, needs)
+    # A gradient is a difference of terms as large as the output, each of which the dtype rounds.
+    check(got, gradient("linear_attention", grads), [*values, needs], dtype, 2 * units)
+
+
+@pytest.mark.hypothesis
+@few(12)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    length=st.sampled_from([1, 5, 18, 34]),
+    past=st.booleans(),
+    maps=st.sampled_from([True, True, False]),
+    with_state=st.booleans(),
+    options=st.fixed_dictionaries(
+        {
+            "decay": st.sampled_from([None, 1]),
+            "padding": st.sampled_from(["none", "left"]),
+            "block": st.sampled_from(["sliding", "terrace"]),
+            "sinks": st.sampled_from([0, 2]),
+            "anchor": st.sampled_from(["max", "none"]),
+            "window": st.sampled_from([1, 3, 18]),
+            "seed": st.integers(0, 2**20),
+        }
+    ),
+)
+def test_hybrid_forward(
+    dtype: torch.dtype, length: int, past: bool, maps: bool, with_state: bool, options: dict[str, Any]
+) -> None:
+    extra = {} if maps else {"q_map": None, "k_map": None, "map_scale": None, "decay": None}
+    args = case("hybrid", length, dtype=dtype, batch=1, chunk=16, **{**options, **extra})
+    if past:
+        args = after("hybrid", args, hybrid_op._reference(*args.values()))
+    args["with_state"] = with_state
+    with interpreting():
+        got = launch.hybrid_attention(*args.values())
+    check(got, hybrid_op._reference, list(args.values()), dtype, 1.0 if options["decay"] is None else 40.0)
+
+
+@pytest.mark.hypothesis
+@few(8)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    heads=st.sampled_from([(1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 2, 1)]),
+    length=st.sampled_from([1, 9, 18, 33]),
+    sizes=st.sampled_from([(5, 3), (16, 17), (40, 1)]),
+    decay=st.sampled_from([None, 1, 3]),
+    flags=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**20),
+    strides=st.sampled_from(["dense", "transposed", "sliced"]),
+)
+def test_delta_forward(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int, int],
+    length: int,
+    sizes: tuple[int, int],
+    decay: int | None,
+    flags: tuple[bool, bool],
+    seed: int,
+    strides: str,
+) -> None:
+    make, (of_q, of_k, of_v, of_g), (features, width) = Draw(seed, dtype, strides), heads, sizes
+    q, v = make(1, of_q, length, features), make(1, of_v, length, width)
+    k = torch.nn.functional.normalize(make(1, of_k, length, features).float(), dim=-1).to(dtype)
+    shapes = {1: (of_g,), 3: (1, of_g, length)}
+    g = None if decay is None else -torch.rand(shapes[decay], generator=make.generator)
+    keep = make.keep(1, length) if flags[0] else None
+    state = make(1, max(heads[1:]), features, width, dtype=torch.float32) if flags[1] else None
+    values = [q, k, v, make(1, of_k, length, positive=True), g, keep, state, 0.5, 16]
+    with interpreting():
+        got = launch.delta_attention(*values)
+    # What is written is the difference of a value and what the state gives back for it, both rounded.
+    check(got, delta_op._reference, values, dtype, 4.0 if g is None else 16.0)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "none"])
+def test_padding_may_hold_anything(normalise: str) -> None:
+    values = list(case("additive", 20, padding="any", dtype=torch.float32, normalise=normalise, chunk=16).values())
+    keep = values[4]
+    poisoned = [*values]
+    poisoned[1], poisoned[2] = (torch.where(keep[:, None, :, None], x, torch.nan) for x in values[1:3])
+    with interpreting():
+        clean, dirty = launch.linear_attention(*values), launch.linear_attention(*poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+def test_nan_reaches_what_comes_after_it_and_no_earlier_chunk() -> None:
+    values = list(case("additive", 40, dtype=torch.float32, chunk=16).values())
+    values[1] = values[1].clone()
+    values[1][0, 0, 20] = torch.nan
+    with interpreting():
+        out, state, _ = launch.linear_attention(*values)
+    reads_it = slice(0, values[0].shape[1] // values[1].shape[1])
+    assert bool(out[0, reads_it, 20:].isnan().all()) and bool(state[0, 0].isnan().all())
+    assert bool(out[0, reads_it, :16].isfinite().all()) and bool(out[1].isfinite().all())
+
+
+def test_float16_sums_leave_its_range() -> None:
+    """Scores of 10⁶ and states beyond 65504, both operands of a product."""
+    args = case("additive", 40, dtype=torch.float16, chunk=16)
+    args["q"], args["k"], args["v"] = args["q"] * 600, args["k"] * 600, args["v"] * 100
+    with interpreting():
+        got = launch.linear_attention(*args.values())
+    check(got, additive_op._additive, list(args.values()), torch.float16)
+
+
+def test_a_row_without_weight_is_zero() -> None:
+    args = case("additive", 20, dtype=torch.float32, chunk=16)
+    args["keep"] = torch.zeros(2, 20, dtype=torch.bool)
+    with interpreting():
+        out, state, normaliser = launch.linear_attention(*args.values())
+    assert not out.any() and not state.any() and not normaliser.any()
+
+
+@pytest.mark.parametrize(
+    ("rule", "change", "reason"),
+    [
+        ("additive", {"dtype": torch.float64}, "float64"),
+        ("delta", {"dtype": torch.float64}, "float64"),
+        ("hybrid", {"dtype": torch.float64}, "float64"),
+        ("additive", {"q": torch.ones(2, 4, 9, 257), "k": torch.ones(2, 2, 9, 257)}, "257 features"),
+        ("hybrid", {"q": torch.ones(2, 4, 9, 129), "k": torch.ones(2, 2, 9, 129)}, "heads of 129"),
+        ("additive", {"v": torch.ones(2, 2, 9, 0)}, "without elements"),
+    ],
+)
+def test_what_runs_the_reference_says_why(rule: str, change: dict[str, Any], reason: str) -> None:
+    args = case(rule, 9, **{"dtype": torch.float32, **change})
+    with pytest.raises(Unsupported, match=reason):
+        getattr(launch, f"{rule.replace('additive', 'linear')}_attention")(*args.values())
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "linear_attention_backward", "delta_attention", "hybrid_attention"])
+def test_operators_know_their_kernels(name: str) -> None:
+    spec = REGISTRY[getattr(torch.ops.rewriter, name).default]
+    assert spec.implementation("cuda") is getattr(launch, name)
