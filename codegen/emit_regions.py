@@ -110,16 +110,19 @@ class Search:
     def _forward(self, anchor: Node) -> Region:
         if _dtype(anchor) not in ELEMENTS:
             return Region(anchor, (), (), (), (), anchor, f"its dtype is {_dtype(anchor)}")
-        reached, miss = self._reached(anchor)
+        reached, end = self._reached(anchor)
+        refused = ""
         for root in reversed(reached):
+            if is_identity(root):
+                continue
             inside = _between(anchor, root, reached)
-            grown = self._closed(anchor, inside, root)
-            if isinstance(grown, str):
-                miss = miss or grown
+            operands = self._closed(anchor, inside, root)
+            if isinstance(operands, str):
+                refused = refused or operands
                 continue
             self._taken.update(inside)
-            return Region(anchor, (), inside, (), grown, root, miss)
-        return Region(anchor, (), (), (), (), anchor, miss)
+            return Region(anchor, (), inside, (), operands, root, refused or end)
+        return Region(anchor, (), (), (), (), anchor, refused or end)
 
     def _reached(self, anchor: Node) -> tuple[list[Node], str]:
         """Nodes computed from the operator's result element by element, and why the next one is not."""
@@ -168,8 +171,6 @@ class Search:
 
     def _closed(self, anchor: Node, inside: tuple[Node, ...], root: Node) -> tuple[Operand, ...] | str:
         """The operands of nodes from which only the root's value leaves; else why it is not so."""
-        if is_identity(root):
-            return "nothing to compute"
         escaped = self.facts.escape((anchor, *inside), (root,))
         if escaped is not None:
             return f"{escaped[0].name} is also needed by {escaped[1].name}"

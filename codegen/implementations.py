@@ -216,4 +216,4 @@ def _file(function: Any) -> str:
     while hasattr(function, "func"):  # functools.partial
         function = function.func
     path = Path(inspect.getsourcefile(inspect.unwrap(function)) or "?")
-    return "/".join(path.parts[-3:])
+    return "/".join(path.parts[-2:])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from rewriter.codegen import mlir_tracing
+from rewriter.codegen import mlir_tracing, mlir_worker
 from rewriter.codegen.mlir_process import Origin, require, run_worker
 from rewriter.errors import ExportError
 from rewriter.files import atomic_file, check_writable
@@ -93,7 +93,7 @@ class MlirModule:
         Args:
             weights: False leaves tensors of more than 16 elements out (for reading; no compiler takes it).
         """
-        module = _parse(self.bytecode, self.dialect)
+        module = mlir_worker.parse(self.bytecode, mlir_worker.new_context())
         options: dict[str, Any] = {} if weights else {"large_elements_limit": 16, "large_resource_limit": 16}
         found: str = module.operation.get_asm(enable_debug_info=weights, **options)
         return found
@@ -246,13 +246,9 @@ def _port(name: str, node: fx.Node) -> Port:
 
 def _import(program: torch.export.ExportedProgram) -> bytes:
     """The raw torch dialect as bytecode."""
-    from torch_mlir import ir
-    from torch_mlir.dialects import torch as torch_dialect
     from torch_mlir.extras.fx_importer import FxImporter
 
-    context = ir.Context()
-    torch_dialect.register_dialect(context)
-    importer = FxImporter(context=context)
+    importer = FxImporter(context=mlir_worker.new_context())
     try:
         importer.import_frozen_program(program)
     except Exception as reason:
@@ -260,15 +256,3 @@ def _import(program: torch.export.ExportedProgram) -> bytes:
     stream = io.BytesIO()
     importer.module.operation.write_bytecode(stream)
     return stream.getvalue()
-
-
-def _parse(bytecode: bytes, dialect: str) -> Any:
-    from torch_mlir import ir
-    from torch_mlir.dialects import torch as torch_dialect
-    from torch_mlir.passmanager import PassManager
-
-    with ir.Context() as context:
-        torch_dialect.register_dialect(context)
-        # stablehlo has no Python bindings; a context knows it once the passes that make it have run, on nothing.
-        PassManager.parse(_PIPELINES[dialect][-1]).run(ir.Module.parse("module {}").operation)
-        return ir.Module.parse(bytecode, context)

@@ -63,8 +63,8 @@ _TO_LLVM = (
 
 def lower(source: Path, target: Path, pipelines: list[str]) -> None:
     """Apply the pass pipelines in order."""
-    with _context() as context:
-        module = _parse(source, context)
+    with new_context() as context:
+        module = parse(source.read_bytes(), context)
         for pipeline in pipelines:
             _apply(pipeline, module)
         with target.open("wb") as file:
@@ -77,14 +77,14 @@ def run(folder: Path) -> None:
     from torch_mlir.execution_engine import ExecutionEngine
 
     inputs = json.loads((folder / "call.json").read_text())["inputs"]
-    with _context() as context:
-        module = _parse(folder / "module.mlirbc", context)
+    with new_context() as context:
+        module = parse((folder / "module.mlirbc").read_bytes(), context)
         main = next(op for op in module.body.operations if ir.StringAttr(op.attributes["sym_name"]).value == "main")
         main.attributes["llvm.emit_c_interface"] = ir.UnitAttr.get()
         results = [ir.RankedTensorType(t) for t in ir.FunctionType(main.attributes["function_type"].value).results]
         kinds = [(tuple(t.shape), str(t.element_type)) for t in results]
         _apply(f"builtin.module({','.join(_TO_LLVM)})", module)
-        engine = ExecutionEngine(module, opt_level=2)
+        engine = ExecutionEngine(module, opt_level=0)  # it runs once; optimising takes longer than running
         # Memory of the inputs has to live until the call is over.
         blocks = [ctypes.create_string_buffer((folder / f"input_{i}").read_bytes()) for i in range(len(inputs))]
         given = [_given(block, tuple(x["shape"])) for block, x in zip(blocks, inputs, strict=True)]
@@ -102,7 +102,8 @@ def run(folder: Path) -> None:
 # -- modules -------------------------------------------------------------------------------------------------------
 
 
-def _context() -> Any:
+def new_context() -> Any:
+    """A context that knows every dialect torch-mlir writes."""
     from torch_mlir import ir
     from torch_mlir.dialects import torch as torch_dialect
 
@@ -110,13 +111,18 @@ def _context() -> Any:
     torch_dialect.register_dialect(context)
     # Some passes report an error and go on; unread, the next pass meets a broken module.
     context.emit_error_diagnostics = True
+    # stablehlo and tm_tensor have no bindings: a context knows them once a pass that makes them has run, be it on nothing.
+    with context:
+        loader = "builtin.module(func.func(convert-torch-to-stablehlo,convert-torch-to-tmtensor))"
+        _apply(loader, ir.Module.parse("module {}"))
     return context
 
 
-def _parse(source: Path, context: Any) -> Any:
+def parse(bytecode: bytes, context: Any) -> Any:
+    """The module. Raises MLIRError."""
     from torch_mlir import ir
 
-    return ir.Module.parse(source.read_bytes(), context)
+    return ir.Module.parse(bytecode, context)
 
 
 def _apply(pipeline: str, module: Any) -> None:

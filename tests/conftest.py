@@ -27,6 +27,12 @@ settings.register_profile("fuzz", quick, derandomize=False, suppress_health_chec
 settings.load_profile("default")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test that draws from the global generator draws the same whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under the fuzz profile, scale the number of examples, also where a test states its own."""
     if config.getoption("--hypothesis-profile") != "fuzz":

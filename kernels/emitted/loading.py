@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,7 +74,7 @@ def load(path: Path) -> Emitted:
     with _lock:
         known = getattr(getattr(torch.ops, NAMESPACE), name, None)
         if known is not None:
-            return LOADED[known.default]
+            return replace(LOADED[known.default], path=path)  # the same content in another folder
         emitted = _register(path, _module(path), name)
         LOADED[emitted.operator] = emitted
     return emitted

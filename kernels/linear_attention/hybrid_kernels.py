@@ -137,7 +137,8 @@ def hybrid_kernel(  # noqa: C901 - a branch for each option
             mass *= factor
         if ABSOLUTE:
             # Both sums relative to the larger of them, so that neither leaves the range.
-            ceiling = tl.maximum(top, tl.log(tl.maximum(mass, 0.0)))
+            positive = mass > 0.0
+            ceiling = tl.maximum(top, tl.where(positive, tl.log(tl.where(positive, mass, 1.0)), -float("inf")))
             ceiling = tl.where(ceiling == -float("inf"), 0.0, ceiling)
             fade, anchor = tl.exp(top - ceiling), tl.exp(tl.minimum(-ceiling, LARGEST))
             soft *= fade[:, None]

@@ -29,6 +29,8 @@ from rewriter.kernels.linear_attention.launch_common import (
 RECURRENT = 8
 # The inverse of a chunk is made of float32 products, which for 64 × 64 do not fit into registers.
 CHUNK = 32
+# Nor do products over more features, without tensor cores.
+WIDEST_FLOAT32 = 64
 
 
 def forward(
@@ -45,7 +47,7 @@ def forward(
     """`delta_attention`: arguments and results are those of the reference.
 
     Raises:
-        Unsupported: float64, empty tensors, or more than 256 features.
+        Unsupported: float64, empty tensors, more than 256 features, or in chunks more than 64 multiplied as float32.
     """
     if q.shape[3] > WIDEST_FEATURES:
         raise Unsupported(f"{q.shape[3]} features: more than {WIDEST_FEATURES} run the reference")
@@ -56,6 +58,8 @@ def forward(
     last = q.new_empty((q.shape[0], heads, q.shape[3], v.shape[3]), dtype=torch.float32)
     size = block(chunk, CHUNK)
     q, k, v = operands(q, k, v)
+    if k.dtype is torch.float32 and k.shape[2] > RECURRENT and k.shape[3] > WIDEST_FLOAT32:
+        raise Unsupported(f"{k.shape[3]} features in float32: more than {WIDEST_FLOAT32} run the reference")
     call = _Call(q, k, v, beta, log_decay, keep, state, scale, heads, size)
     if k.shape[2] <= RECURRENT:
         call.step(out, last)
@@ -179,13 +183,13 @@ class _Call:
         )
 
 
-def _example(dtype: torch.dtype, length: int = 4096, decay: bool = False) -> tuple[Any, ...]:
+def _example(dtype: torch.dtype, length: int = 4096, decay: bool = False, features: int = 128) -> tuple[Any, ...]:
     """A call of a model with 16 heads of 128 and 8 states, on the meta device."""
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    q, k, v = empty(2, 16, length, 128), empty(2, 8, length, 128), empty(2, 8, length, 128)
+    q, k, v = empty(2, 16, length, features), empty(2, 8, length, features), empty(2, 8, length, 128)
     g = empty(2, 8, length, of=torch.float32) if decay else None
     return q, k, v, empty(2, 8, length), g, empty(2, length, of=torch.bool), None, 1.0, 64
 
@@ -193,6 +197,6 @@ def _example(dtype: torch.dtype, length: int = 4096, decay: bool = False) -> tup
 SHIPPED = (
     Shipped("delta_attention bf16", forward, partial(_example, torch.bfloat16)),
     Shipped("delta_attention gated bf16", forward, partial(_example, torch.bfloat16, decay=True)),
-    Shipped("delta_attention fp32", forward, partial(_example, torch.float32), matrix="none"),
+    Shipped("delta_attention fp32", forward, partial(_example, torch.float32, features=64), matrix="none"),
     Shipped("delta_attention step bf16", forward, partial(_example, torch.bfloat16, 1, True), matrix="none"),
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
 from rewriter.kernels.linear_attention import hybrid_kernels, kernels
-from rewriter.kernels.linear_attention.launch_common import block, dense, keep_arguments, only, operands, pointer
+from rewriter.kernels.linear_attention.launch_common import block, dense, keep_arguments, operands, pointer
 from rewriter.kernels.linear_attention.sequence import (
     Inputs,
     Past,
@@ -162,64 +162,83 @@ class _Call:
 
     def outputs(self, states: Tensor, zs: Tensor) -> Tensor:
         x, keys, setting = self.x, self.keys, self.setting
-        (batch, query_heads, length, width), values = self.q.shape, x.v.shape[3]
-        count = states.shape[3]
+        (batch, query_heads, length, width), values, count = self.q.shape, x.v.shape[3], states.shape[3]
         out = x.q.new_empty((batch, query_heads, length, values))
-        maps = count > 0 and x.q_map is not None and keys.mapped is not None
-        decay = self.decay() if maps else None
-        q_map, k_map = (dense(x.q_map), dense(keys.mapped)) if maps else (self.q, self.q)
-        sinks = (keys.whole.sink_k, keys.whole.sink_v) if setting.sinks and keys.whole else (self.q, self.q)
-        sink_keep = keys.whole.sink_keep if setting.sinks and keys.whole else None
         arguments = {
-            **pointer("q", self.q), **pointer("k", keys.k), **pointer("v", dense(keys.v)),
-            **pointer("q_map", q_map), **pointer("k_map", k_map),
-            **pointer("sink_k", sinks[0]), **pointer("sink_v", sinks[1]), **keep_arguments(keys.keep),
-            "sink_keep_ptr": sink_keep, "sink_keep_b": 0 if sink_keep is None else sink_keep.stride(0),
+            **pointer("q", self.q), **pointer("k", keys.k), **pointer("v", dense(keys.v)), **self._mapped(),
+            **self._sinks(), **keep_arguments(keys.keep),
             "rank_ptr": keys.rank, "rank_b": 0 if keys.rank is None else keys.rank.stride(0),
-            "gate_ptr": x.gate.contiguous(),
-            "map_scale_ptr": None if x.map_scale is None else x.map_scale.contiguous(),
-            "decay_ptr": decay, "decay_share": 1 if decay is None else self.heads // len(decay),
-            "states_ptr": states, "zs_ptr": zs, "out_ptr": out,
+            "gate_ptr": x.gate.contiguous(), "states_ptr": states, "zs_ptr": zs, "out_ptr": out,
             "heads": self.heads, "group": query_heads // self.heads, "length": length, "offset": keys.offset,
             "reach": setting.reach, "window": setting.window, "sinks": setting.sinks, "chunks": self.chunks,
             "width": width, "features": count, "values": values, "scale": setting.scale,
             "k_share": self.heads // keys.k.shape[1], "v_share": self.heads // keys.v.shape[1],
-            "map_share": self.heads // k_map.shape[1] if maps else 1,
         }  # fmt: skip
         constants = {
-            "MAPS": maps, "TERRACE": setting.block == "terrace", "SINKS": setting.sinks > 0,
+            "MAPS": count > 0, "TERRACE": setting.block == "terrace", "SINKS": setting.sinks > 0,
             "ABSOLUTE": setting.anchor == "none", "BT": self.size, "BD": block(width, WIDEST_HEAD),
             "PRECISION": precision(self.q.dtype),
         }  # fmt: skip
-        wide, crowded = self.q.dtype is torch.float32, setting.block == "terrace" and setting.sinks > 0
-        sizes = {
-            "BK": 16 if wide else 32,
-            "BF": block(max(count, 1), 32 if wide else 64),
-            "BV": block(values, 32 if wide or crowded else 64),
-        }
         launch(
             hybrid_kernels.hybrid_kernel,
             lambda c: (batch * query_heads, self.chunks, triton.cdiv(values, c["BV"])),
-            only(arguments, hybrid_kernels.hybrid_kernel),
+            arguments,
             constants,
-            [Config(sizes, num_warps=8, num_stages=1 if wide else 2)],
+            [self._config(count, values)],
         )
         return out
 
+    def _mapped(self) -> dict[str, Any]:
+        """Features and what belongs to them; without any, pointers that are not followed."""
+        x, mapped, decay = self.x, self.keys.mapped, self.decay()
+        if x.q_map is None or mapped is None:
+            return {
+                **pointer("q_map", self.q), **pointer("k_map", self.q), "map_share": 1,
+                "map_scale_ptr": None, "decay_ptr": None, "decay_share": 1,
+            }  # fmt: skip
+        return {
+            **pointer("q_map", dense(x.q_map)), **pointer("k_map", dense(mapped)),
+            "map_share": self.heads // mapped.shape[1],
+            "map_scale_ptr": None if x.map_scale is None else x.map_scale.contiguous(),
+            "decay_ptr": decay, "decay_share": 1 if decay is None else self.heads // len(decay),
+        }  # fmt: skip
 
-def _example(dtype: torch.dtype, length: int = 4096, past: bool = False, **options: Any) -> tuple[Any, ...]:
+    def _sinks(self) -> dict[str, Any]:
+        """The first keys, which every query sees; without any, pointers that are not followed."""
+        whole = self.keys.whole
+        if not self.setting.sinks or whole is None:
+            none = {"sink_keep_ptr": None, "sink_keep_b": 0}
+            return {**pointer("sink_k", self.q), **pointer("sink_v", self.q), **none}
+        keep = {"sink_keep_ptr": whole.sink_keep, "sink_keep_b": whole.sink_keep.stride(0)}
+        return {**pointer("sink_k", dense(whole.sink_k)), **pointer("sink_v", dense(whole.sink_v)), **keep}
+
+    def _config(self, features: int, values: int) -> Config:
+        """Two running sums and two kinds of scores leave little room; where ranks and sinks come on top, less."""
+        wide = self.q.dtype is torch.float32
+        crowded = wide or (self.setting.block == "terrace" and self.setting.sinks > 0)
+        sizes = {
+            "BK": 16 if wide else 32,
+            "BF": block(features, 32 if wide else 64),
+            "BV": block(values, 32 if crowded else 64),
+        }
+        return Config(sizes, num_warps=8, num_stages=1 if wide else 2)
+
+
+def _example(
+    dtype: torch.dtype, length: int = 4096, past: bool = False, kind: str = "sliding", sinks: int = 0
+) -> tuple[Any, ...]:
     """A call of a model with 32 heads of 64 and 8 of keys, window 64 and 128 features, on the meta device."""
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    wide, setting = torch.float32, {"block": "sliding", "sinks": 0, "anchor": "max"} | options
+    wide = torch.float32
     tensors = (
         empty(2, 32, length, 64), empty(2, 8, length, 64), empty(2, 8, length, 64),
         empty(2, 32, length, 128, of=wide), empty(2, 8, length, 128, of=wide), empty(32, of=wide), empty(32, of=wide),
         None, empty(2, length, of=torch.bool),
     )  # fmt: skip
-    slots = int(setting["sinks"]) + (127 if setting["block"] == "terrace" else 63)
+    slots = sinks + (127 if kind == "terrace" else 63)
     caches: tuple[Any, ...] = (None,) * 7
     if past:
         caches = (
@@ -227,12 +246,12 @@ def _example(dtype: torch.dtype, length: int = 4096, past: bool = False, **optio
             empty(2, slots, of=torch.bool), empty(2, of=torch.int64), empty(2, 8, 128, 64, of=wide),
             empty(2, 8, 128, of=wide),
         )  # fmt: skip
-    return *tensors, *caches, 0.125, 64, setting["block"], setting["sinks"], setting["anchor"], past, 128
+    return *tensors, *caches, 0.125, 64, kind, sinks, "max", past, 128
 
 
 SHIPPED = (
     Shipped("hybrid_attention bf16", forward, partial(_example, torch.bfloat16)),
     Shipped("hybrid_attention fp32", forward, partial(_example, torch.float32), matrix="none"),
-    Shipped("hybrid_attention terrace sinks bf16", forward, partial(_example, torch.bfloat16, block="terrace", sinks=4)),
+    Shipped("hybrid_attention terrace sinks bf16", forward, partial(_example, torch.bfloat16, kind="terrace", sinks=4)),
     Shipped("hybrid_attention step bf16", forward, partial(_example, torch.bfloat16, 1, True), matrix="mma"),
 )

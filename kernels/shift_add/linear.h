@@ -93,10 +93,10 @@ static inline void rows_of(const Kind& kind, const Call& call, long tile, long r
     }
 }
 
-// Pieces of an even number of rows: small enough to share the work evenly, large enough to read memory in runs.
+// Pieces of an even number of rows: small enough to share the work evenly, large enough to read memory in long runs.
 static inline long piece(long out, int threads) {
     const long even = out / (4 * threads) / PAIR * PAIR;
-    return even < PAIR ? PAIR : even > 64 ? 64 : even;
+    return even < PAIR ? PAIR : even > 256 ? 256 : even;
 }
 
 template <class Kind, int TILE>

@@ -48,8 +48,7 @@ def bcq_linear(
         ValueError: arguments that do not fit together, as the reference.
         Unsupported: another dtype, or no compiler.
     """
-    likes = like(x), like(codes), like(scale), maybe_like(shift), maybe_like(bias)
-    build = _bcq(*likes, group, in_features)
+    build = _bcq(like(x), like(codes), like(scale), maybe_like(shift), maybe_like(bias), group, in_features)
     if build.group_of is not None:  # groups on no border of lanes: scales of their own for every basis
         scale, shift = codec.bcq_alpha(scale, shift, codes.shape[1], torch.float32), None
     kept = None if shift is None else shift.contiguous()
@@ -113,7 +112,7 @@ def like(tensor: Tensor) -> Like:
 
 
 def maybe_like(tensor: Tensor | None) -> Like | None:
-    return None if tensor is None else like(tensor)
+    return None if tensor is None else (tensor.shape, tensor.dtype)
 
 
 def _stand_in(signature: Like) -> Tensor:

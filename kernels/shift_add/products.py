@@ -9,15 +9,15 @@ the cache when torch's own product reads them. Which is faster for a batch is me
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels import choosing, native
-from rewriter.kernels.shift_add import codec
 
 BLOCK, LANES = 128, 16  # columns decoded together, in vectors of LANES: as in linear.h
 TILE = 8  # rows of x a weight is decoded for, at most; so many are never worth decoding to memory for
@@ -34,8 +34,7 @@ FUNCTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """A packed weight ``[out, width]`` and the library built for its format.
 
     Attributes:
@@ -44,7 +43,7 @@ class Weight:
     """
 
     library: ctypes.CDLL
-    tensors: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     out: int
     width: int
     group: int
@@ -52,43 +51,54 @@ class Weight:
     @property
     def arguments(self) -> tuple[int | None, ...]:
         """What every function of the library begins with. Addresses: keep the weight alive."""
-        addresses = map(native.address, self.tensors)
-        return (*addresses, TYPES[self.tensors[1].dtype], self.out, self.width, self.group)
+        a, b, c, d = self.tensors
+        third, fourth = None if c is None else c.data_ptr(), None if d is None else d.data_ptr()
+        return (a.data_ptr(), b.data_ptr(), third, fourth, TYPES[b.dtype], self.out, self.width, self.group)
 
     @property
     def padded(self) -> int:
         """Columns in whole blocks."""
-        return codec.ceil_div(self.width, BLOCK) * BLOCK
+        return -(-self.width // BLOCK) * BLOCK
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``[..., width] -> [..., out]`` in x's dtype, one of `TYPES`."""
     rows = x.reshape(-1, weight.width)
-    batch = rows.shape[0]
-    if not batch or not weight.out:
-        return x.new_empty((*x.shape[:-1], weight.out))
-    compute = multiplied
-    if batch > TILE:
-        ways = {way.__name__: way for way in (multiplied, through_dense)}
-        sizes = (choosing.bucket(size) for size in (batch, weight.width, weight.out))
-        kind = (weight.library._name.rpartition("/")[2], x.dtype, *sizes, torch.get_num_threads())
-        measured = {name: partial(way, rows, weight, bias) for name, way in ways.items()}
-        compute = ways[choosing.fastest(" ".join(map(str, kind)), measured)]
-    return compute(rows, weight, bias).to(x.dtype).view(*x.shape[:-1], weight.out)
+    batch, out = rows.shape[0], weight.out
+    if not batch or not out:
+        return x.new_empty((*x.shape[:-1], out))
+    result = (multiplied if batch <= TILE else _faster(rows, weight, bias))(rows, weight, bias)
+    return result.to(x.dtype).view(*x.shape[:-1], out)
+
+
+def _faster(rows: Tensor, weight: Weight, bias: Tensor | None) -> Callable[[Tensor, Weight, Tensor | None], Tensor]:
+    """Of the two ways, by measurement."""
+    ways = {way.__name__: way for way in (multiplied, through_dense)}
+    sizes = (choosing.bucket(size) for size in (rows.shape[0], weight.width, weight.out))
+    kind = (weight.library._name.rpartition("/")[2], rows.dtype, *sizes, torch.get_num_threads())
+    measured = {name: partial(way, rows, weight, bias) for name, way in ways.items()}
+    return ways[choosing.fastest(" ".join(map(str, kind)), measured)]
 
 
 def multiplied(rows: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Each weight decoded once per tile of rows; float32 ``[batch, out]``."""
-    batch, out = rows.shape[0], weight.out
-    tile = min(TILE, choosing.bucket(batch))
-    tiles = codec.ceil_div(batch, tile)
+    batch, out, padded = rows.shape[0], weight.out, weight.padded
+    tile = min(TILE, 1 << (batch - 1).bit_length())
+    tiles = -(-batch // tile)
     rows = rows.to(torch.float32).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    scratch = rows.new_empty(tiles * tile * weight.padded)
-    result = rows.new_empty((batch, out))
-    threads = native.threads(tiles * out * weight.width, GRAIN)
-    addresses = map(native.address, (rows, scratch, bias, result))
-    weight.library.multiply(*weight.arguments, *addresses, batch, tile, threads)
+    scratch, result = rows.new_empty((tiles * tile * padded,)), rows.new_empty((batch, out))
+    threads = native.threads(tiles * out * padded, GRAIN)
+    weight.library.multiply(
+        *weight.arguments,
+        rows.data_ptr(),
+        scratch.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        result.data_ptr(),
+        batch,
+        tile,
+        threads,
+    )
     return result
 
 

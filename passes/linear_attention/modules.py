@@ -73,7 +73,7 @@ class LinearAttentionCore(nn.Module):
         return out, tuple(left)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {role: getattr(self, role) for role in self.form.roles}
 
     def extra_repr(self) -> str:
         form = self.form

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -15,32 +14,35 @@ from rewriter.layout import add, counted, heading, spans, table
 
 def listing(found: Sequence[Implementation], target: str) -> RenderableType:
     """One row per group of sites that run the same; then why some run their reference."""
+    if not found:
+        return Text(f"no operator of rewriter in this program; nothing to lower for {target}")
     measured = target == "cpu"
-    columns = ("site", "operator", "runs", "source", "bound", "by", *(("measured", "of roofline") if measured else ()))
+    columns = ("site", "operator", "runs", "bound", "by", *(("measured", "of roofline") if measured else ()))
     rows = table(*columns, right=("bound", "measured", "of roofline"))
-    for same, group in groupby(found, key=_kind):
-        members = list(group)
+    for members in _alike(found):
         first = members[0]
-        chosen = Text(same[1], "yellow" if first.chosen == "reference" else "green")
-        cells = [_sites(members), first.operator, chosen, first.source, duration(first.bound), first.bound_by]
+        runs = Text(f"{first.chosen}\n{first.source}", "yellow" if first.chosen == "reference" else "green")
+        cells = [_sites(members), first.operator, runs, duration(first.bound), first.bound_by]
         if measured:
             times = [one.seconds or 0.0 for one in members]
             share = sum(one.bound for one in members) / sum(times) if sum(times) else 0.0
             cells += [duration(sum(times) / len(times)), f"{share:.0%}"]
         add(rows, *cells)
     parts: list[RenderableType] = [heading(target, counted(len(found), "site")), rows]
-    taken = [one for one in found if one.kernels]
-    if taken:
-        parts.append(_resources(taken))
+    if any(one.kernels for one in found):
+        parts.append(_resources(found))
     reasons = dict.fromkeys((one.operator, one.why) for one in found if one.why)
     parts += [Text(f"{operator} runs its reference: {why}", "yellow") for operator, why in reasons]
-    if not found:
-        parts = [Text(f"no operator of rewriter in this program; nothing to lower for {target}")]
     return Group(*parts)
 
 
-def _kind(one: Implementation) -> tuple[str, str, str, str, tuple[object, ...]]:
-    return one.operator, one.chosen, one.source, f"{one.bound:.2g}", one.kernels
+def _alike(found: Sequence[Implementation]) -> list[list[Implementation]]:
+    """Sites that do the same work by the same code."""
+    groups: dict[tuple[object, ...], list[Implementation]] = {}
+    for one in found:
+        kind = (one.operator, one.chosen, one.source, f"{one.bound:.2g}", one.kernels)
+        groups.setdefault(kind, []).append(one)
+    return list(groups.values())
 
 
 def _resources(found: Sequence[Implementation]) -> RenderableType:

@@ -49,7 +49,7 @@ class Attentions(nn.Module):
         hidden = (x[:, None, :1, 0] > 9) & keep[:, None, None, :].expand(-1, -1, x.shape[1], -1)
         return (
             ops.linear_attention(q.exp(), k.exp(), v, None, keep, None, None, 0.5, True, "sum", 4)[0],
-            ops.linear_attention(q, k, v, gate, None, None, None, 0.5, False, "none", 4)[0],
+            ops.linear_attention(q, k, v, gate, None, None, None, 0.5, True, "none", 4)[0],
             ops.delta_attention(q, unit, v, rate, gate, None, None, 0.5, 4)[0],
             ops.hybrid_attention(
                 q, k, v, q.exp(), k.exp(), head, None, -head, keep, *(None,) * 7, 0.5, 3, "sliding", 1, "max", False, 4
