@@ -114,7 +114,7 @@ def test_what_is_not_in_this_version_is_refused_not_ignored(option: str) -> None
 
 def test_an_unknown_target_is_refused() -> None:
     assert "target must be one of" in refusal(PlanError, mlp(), ["shift_add"], X, target="tpu")
-    assert "leave both at their defaults" in refusal(PlanError, mlp(), ["shift_add"], X, strict=True)
+    assert "leave strict at False" in refusal(PlanError, mlp().double(), ["shift_add"], X.double(), strict=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # writes its cache folder into the environment when it is first imported, as a capture does
 import transformers as hf
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree

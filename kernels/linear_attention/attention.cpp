@@ -156,9 +156,10 @@ struct Head {
     for (int64_t r = 0; r < lanes; r += LANES) transpose(s.turned + r * width, width, to + r, BLOCK, width);
   }
 
-  // The weights of LANES queries from `at`, in place of their scores; returns their sum and the factor of the state.
+  // The weights of LANES queries, in place of their scores; their sum and the factor of what the state gives them.
   void weigh(int64_t from, int64_t rows, float gate, float* total, float* of_state) {
-    const int64_t w = c.window, far = s.F ? std::min(rows, from + LANES + reach - w) : 0;  // rows any sees as linear
+    const int64_t w = c.window;
+    const int64_t far = s.F ? std::min(rows, from + LANES + reach - w) : 0;  // rows that any of them sees as linear
     const Ints query = lane_numbers() + int32_t(from);
     const Ints newest = query + int32_t(reach), oldest = newest - int32_t(w) + 1;  // rows in each query's window
     Vec mass{}, decayed = all(1.0f), here{}, low{};
@@ -177,7 +178,8 @@ struct Head {
         store(s.linear + l * BLOCK + from, x);
       }
     }
-    const int64_t begin = w ? std::max<int64_t>(from + reach - w + 1, 0) : rows, end = std::min(rows, from + LANES + reach);
+    const int64_t begin = w ? std::max<int64_t>(from + reach - w + 1, 0) : rows;
+    const int64_t end = std::min(rows, from + LANES + reach);
     Vec top = all(-INFINITY), soft{}, factor = all(1.0f);
     for (int64_t l = begin; l < end; ++l) {
       if (!s.visible[l]) continue;
@@ -308,6 +310,7 @@ extern "C" void windowed_linear_attention(const Call* call) {
   const Call& c = *call;
   const int64_t group = c.heads / c.states, split = c.batch * c.states < c.threads ? group : 1;
   const int64_t units = c.batch * c.states * split, each = group / split;
+  if (!units) return;
   advise(c.out, c.batch * c.heads * c.length * c.v.width);
 #pragma omp parallel num_threads(std::min(c.threads, units))
   {

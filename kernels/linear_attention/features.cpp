@@ -159,6 +159,7 @@ struct Tokens {
 extern "C" void attention_features(const Features* call) {
   const Features& c = *call;
   const int64_t blocks = (c.length + BLOCK - 1) / BLOCK, heads = c.batch * c.x.heads, units = heads * blocks;
+  if (!units) return;
   advise(c.out, heads * c.length * (c.kind == ELU ? c.x.width : c.kind == HEDGEHOG ? 2 * c.columns : c.columns));
 #pragma omp parallel num_threads(std::min(c.threads, units))
   {

@@ -29,8 +29,7 @@ def summed_products(
         seen = seen_tokens(keep_ptr, batch, steps, tokens)
         x = rows(x_ptr, batch, head, steps, dims, x_batch, x_head, x_token, tokens, dim)
         v = rows(v_ptr, batch, head, steps, columns, v_batch, v_head, v_token, tokens, width) * seen[:, None]
-        bits = binary_codes(x, dims, dim) * seen[:, None]
-        total = coded_product(tl.trans(bits), v, total, WIDE)
+        total = coded_product(tl.trans(binary_codes(x, dims, dim)), v, total, WIDE)
     place = ((pair * tl.num_programs(1) + part).to(tl.int64) * dim + dims)[:, None] * width + columns[None, :]
     tl.store(out_ptr + place, total * FACTOR, mask=(dims < dim)[:, None] & (columns < width)[None, :])
 

@@ -5,6 +5,9 @@ Code logits stand *transposed* between the kernels, ``[K, positions]``: then the
 contiguous run of positions each, where ``[positions, K]`` would have them read single numbers all over a row.
 """
 
+# mypy: ignore-errors
+# The language of kernels has no types that Python knows.
+
 from __future__ import annotations
 
 import triton

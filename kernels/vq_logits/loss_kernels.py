@@ -5,6 +5,9 @@ The table is a codebook with B_j beside it, or a dense head with its bias: x_nj 
 one tile of x, reduces it over its columns and forgets it; another kernel reduces over the tiles.
 """
 
+# mypy: ignore-errors
+# The language of kernels has no types that Python knows.
+
 from __future__ import annotations
 
 import triton

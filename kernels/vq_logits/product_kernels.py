@@ -5,6 +5,9 @@ A code stands for ``dims`` numbers that lie together, so a tile of rows is loade
 groups, DIMS]``, DIMS being dims rounded up to a power of two. Features of h are put in the same order.
 """
 
+# mypy: ignore-errors
+# The language of kernels has no types that Python knows.
+
 from __future__ import annotations
 
 import triton

@@ -11,6 +11,7 @@ import torch
 from emitted_chains import DTYPES, Built, Case, arguments_of, aten, chain, complaint, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import interpreting
 from torch import Tensor
 
 from rewriter.codegen.emitting import emit
@@ -77,3 +78,35 @@ def test_dense_chains(folder: Path, case: Case, which: int) -> None:
 @given(cases("bcq_linear"), st.integers(0, 1))
 def test_packed_chains(folder: Path, case: Case, which: int) -> None:
     check(case.program, folder, which)
+
+
+def test_what_a_prologue_makes_of_zero_stays_out(folder: Path) -> None:
+    """Past the last feature a tile is filled with zeros, of which 1/x makes infinities: times a weight of zero, NaN."""
+    built = Built()
+    x = built.graph.call_function(aten.reciprocal.default, (built.input(torch.rand(3, 70) + 0.5),))
+    y = built.graph.call_function(aten.linear.default, (x, built.input(torch.randn(5, 70))))
+    case = built.case(y)
+    assert [site.fused for site in emit(case.program, folder=folder, dense=True).sites] == [("reciprocal.default",)]
+    check(case.program, folder)
+
+
+def test_what_is_no_number_stays_none(folder: Path) -> None:
+    x, residual = torch.ones(4, 8), torch.zeros(4, 6)
+    x[1, 2], x[2, 0], residual[3, 4] = float("nan"), float("inf"), float("nan")
+    built = Built()
+    y = built.graph.call_function(aten.linear.default, (built.input(x), built.input(torch.ones(6, 8))))
+    y = built.graph.call_function(aten.add.Tensor, (y, built.input(residual)))
+    program = built.case(built.graph.call_function(aten.relu.default, (y,))).program
+    emission = emit(program, folder=folder, dense=True)
+    (site,) = emission.sites
+    (args,) = arguments_of(emission.program, site.emitted, *program.example)
+    with interpreting():
+        got = site.emitted.module.run(*args)
+    want = site.emitted.module.reference(*args)
+    assert torch.equal(got.nan_to_num(-1.0, 7.0), want.nan_to_num(-1.0, 7.0)) and got.isnan().sum() == 7
+
+
+def test_no_rows(folder: Path) -> None:
+    built = Built()
+    y = built.graph.call_function(aten.linear.default, (built.input(torch.ones(0, 8)), built.input(torch.ones(6, 8))))
+    check(built.case(built.graph.call_function(aten.relu.default, (y,))).program, folder)

@@ -286,7 +286,9 @@ def test_what_runs_the_reference_says_why(rule: str, change: dict[str, Any], rea
         getattr(launch, f"{rule.replace('additive', 'linear')}_attention")(*args.values())
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "linear_attention_backward", "delta_attention", "hybrid_attention"])
+@pytest.mark.parametrize(
+    "name", ["linear_attention", "linear_attention_backward", "delta_attention", "hybrid_attention"]
+)
 def test_operators_know_their_kernels(name: str) -> None:
     spec = REGISTRY[getattr(torch.ops.rewriter, name).default]
     assert spec.implementation("cuda") is getattr(launch, name)

@@ -77,7 +77,10 @@ def calls(draw: Any, rule: str) -> Args:
     if rule == "additive":
         options["normalise"] = draw(st.sampled_from(("sum", "none")))
     else:
-        options |= {"window": draw(st.sampled_from((1, 2, 17, 64, 70))), "anchor": draw(st.sampled_from(("max", "none")))}
+        options |= {
+            "window": draw(st.sampled_from((1, 2, 17, 64, 70))),
+            "anchor": draw(st.sampled_from(("max", "none"))),
+        }
     shape = (draw(st.sampled_from((1, 2, 4))), *(draw(st.sampled_from((1, 5, 16, 33))) for _ in range(3)))
     with sizes(*shape):
         args = random_call(rule, draw(LENGTHS), draw(SEEDS), draw(st.sampled_from(("none", "left", "any"))), options)
@@ -85,9 +88,10 @@ def calls(draw: Any, rule: str) -> Args:
             earlier = random_call(rule, draw(LENGTHS), draw(SEEDS), "none", options)
             args = after(rule, args, reference(rule, earlier))
     if rule == "hybrid" and draw(st.booleans()):
-        args |= dict.fromkeys(("q_map", "k_map", "map_scale", "log_decay"))
+        unmapped = dict.fromkeys(("q_map", "k_map", "map_scale", "log_decay"))
+        args |= unmapped
         if args["past_k"] is not None:
-            args = after(rule, args, reference(rule, {**earlier, **dict.fromkeys(("q_map", "k_map", "map_scale", "log_decay"))}))
+            args = after(rule, args, reference(rule, earlier | unmapped))
     return args
 
 
@@ -102,12 +106,27 @@ def test_the_kernel_is_as_exact_as_the_reference(rule: str, data: st.DataObject)
     agrees(rule, data.draw(calls(rule)))
 
 
+def test_a_batch_of_nothing_is_nothing() -> None:
+    for rule, function in NATIVE.items():
+        args = case(rule, 3, 0, dtype=torch.float32)
+        empty = {n: a[:0] if isinstance(a, Tensor) and a.dim() > 1 else a for n, a in args.items()}
+        assert all(x.numel() == 0 for x in function(*empty.values()))
+
+
 @pytest.mark.parametrize("rule", NATIVE)
 def test_long_sums_stay_exact(rule: str) -> None:
     """4096 positions in 64 blocks: errors of a state do not pile up."""
     with sizes(2, 16, 16, 16):
         for decay in (None, 1):
             agrees(rule, case(rule, 4096, 1, decay=decay, dtype=torch.float32, batch=1, chunk=64))
+
+
+@pytest.mark.parametrize("rule", NATIVE)
+def test_strong_decays_are_differences_of_long_sums(rule: str) -> None:
+    """Near keys count fully though both running sums are far from 0, where float32 is coarse."""
+    with sizes(2, 16, 16, 16):
+        args = case(rule, 150, 1, decay=1, dtype=torch.float32, chunk=16)
+    agrees(rule, args | {"log_decay": 5 * args["log_decay"] - 1})
 
 
 @pytest.mark.parametrize("rule", NATIVE)
@@ -127,7 +146,9 @@ def test_strides_do_not_matter(rule: str) -> None:
 # -- feature maps ------------------------------------------------------------------------------------------------
 
 
-def features_call(kind: str, seed: int, shape: Sequence[int], columns: int, dtype: torch.dtype, scale: float) -> list[Any]:
+def features_call(
+    kind: str, seed: int, shape: Sequence[int], columns: int, dtype: torch.dtype, scale: float
+) -> list[Any]:
     g = torch.Generator().manual_seed(seed)
     batch, heads, length, width = shape
     sizes_ = ((heads, width, columns), (heads, columns), (heads, width, columns), (heads, columns))

@@ -16,16 +16,16 @@ from rewriter.kernels.launching import Unsupported
 from rewriter.kernels.shift_attention import launch, op, reference
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @st.composite
 def inputs(draw: st.DrawFn) -> Inputs:
     """q, k, v contiguous, with heads and tokens swapped, or every second column; padding anywhere; any options."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
-    batch, heads, tokens = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 7, 40, 70)))
-    dim, width = draw(st.sampled_from((1, 5, 16, 33))), draw(st.sampled_from((1, 8, 33)))
-    dtype, order = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(("plain", "swapped", "columns")))
+    batch, heads, tokens = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from((40, 70, 7, 1)))
+    dim, width = draw(st.sampled_from((16, 33, 5, 1))), draw(st.sampled_from((33, 8, 1)))
+    dtype, order = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(("swapped", "plain", "columns")))
 
     def one(size: int) -> Tensor:
         if order == "swapped":
@@ -36,7 +36,7 @@ def inputs(draw: st.DrawFn) -> Inputs:
 
     keep = torch.rand((tokens, batch), generator=g).t() < 0.7 if draw(st.booleans()) else None
     gain = torch.randn(heads, generator=g).to(dtype) if draw(st.booleans()) else None
-    taps = draw(st.sampled_from((None, 1, 3, 9)))
+    taps = draw(st.sampled_from((3, 9, 1, None)))
     conv = None if taps is None else torch.randn(heads, taps, generator=g).to(dtype)
     return one(dim), one(dim), one(width), keep, gain, conv
 

@@ -32,8 +32,7 @@ from rewriter.kernels.vq_logits import loss_launch as losses
 from rewriter.kernels.vq_logits import product_launch as products
 from rewriter.kernels.vq_logits import tiers_launch as tiers
 
-from hypothesis import Phase
-laws = settings(deadline=None, max_examples=15, phases=[Phase.generate])
+laws = settings(deadline=None, max_examples=10)
 wanteds = st.lists(st.booleans(), min_size=3, max_size=3)
 
 
