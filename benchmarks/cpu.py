@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from cpu_work import attention, heads, layers
+from cpu_work import attention, heads, layers, model
 from cpu_work.memory import loss_memory
 from cpu_work.work import OURS, Work
 from rich.console import Console
@@ -92,7 +92,7 @@ def measure(only: str, console: Console) -> Results:
 
 
 def works() -> Iterator[Work]:
-    for family in (heads, attention, layers):
+    for family in (heads, attention, layers, model):
         yield from family.works()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,16 +24,15 @@ from rewriter.codegen.emit_templates import (
     Insertions,
     Template,
     hooked,
-    imports_of,
     names_in,
     specialised,
 )
+from rewriter.codegen.emit_text import LINE, config_text, entries_of, imports, literal, schema, signature, starred
 from rewriter.facts import Facts, same_shape, same_size
 from rewriter.kernels.emitted.loading import MARK, digest
 from rewriter.rules import module_path, provenance
 
 VERSION = 1
-LINE = 120
 
 
 @dataclass(frozen=True)
@@ -223,20 +221,20 @@ class _Writer:
 
     def source(self) -> Source:
         put = self._insertions()
-        site = _pattern(module_path(self.region.anchor))
+        site = starred(module_path(self.region.anchor))
         slug = "_".join(re.findall(r"[A-Za-z][A-Za-z_0-9]*", site)[-2:]) or "site"
         written = self._formulas()
         kernels = {kernel.name: f"{slug}_{kernel.name}" for kernel in self.kernels}
         parts = [
             self._head(site, written),
             "",
-            self._schema(),
+            schema(self.arguments),
             self._reference(),
             *(specialised(kernel, kernels[kernel.name], put, ELEMENTS[self.dtype]) for kernel in self.kernels),
             self._table(kernels),
             self._run(),
         ]
-        parts[1] = self._imports("\n".join(parts))
+        parts[1] = imports(self.template, self.kernels, "\n".join(parts))
         text = "\n\n\n".join(parts) + "\n"
         content = digest(text)
         text = text.replace(MARK, MARK + content, 1)
@@ -262,49 +260,9 @@ class _Writer:
 # formula   {formulas}
 {MARK}"""
 
-    def _imports(self, text: str) -> str:
-        """What the other parts of the file need."""
-        package = self.template.module.rpartition(".")[0]
-        running = [name for name in ("Specialised", "flat", "fused") if re.search(rf"\b{name}\(", text)]
-        own = {
-            f"from {self.template.module} import {self.template.function} as implementation": True,
-            "from rewriter.kernels.emitted import functions": "functions." in text,
-            f"from rewriter.kernels.emitted.running import {', '.join(running)}": True,
-            "from rewriter.kernels.launching import Config": True,
-        }
-        helpers: dict[str, list[str]] = {}
-        for kernel in self.kernels:
-            for name, (module, original) in imports_of(kernel.kernel).items():
-                written = original if name == original else f"{original} as {name}"
-                if written not in helpers.setdefault(module, []):
-                    helpers[module].append(written)
-        own |= {f"from {module} import {', '.join(sorted(names))}": True for module, names in helpers.items()}
-        # The operators of the reference are registered by this one.
-        registers = [f"import {package}.op", ""] if find_spec(f"{package}.op") is not None else []
-        outside = ["import torch", "import triton", "import triton.language as tl", ""]
-        return "\n".join([*outside, *registers, *sorted(line for line, used in own.items() if used)])
-
-    def _schema(self) -> str:
-        kinds = ("Tensor" if isinstance(n.meta.get("val"), Tensor) else "SymInt" for n in self.arguments)
-        given = [f"{kind} {name}" for kind, name in zip(kinds, self.arguments.values(), strict=True)]
-        line = f'SCHEMA = "({", ".join(given)}) -> Tensor"'
-        if len(line) <= LINE:
-            return line
-        return "\n".join(
-            ["SCHEMA = (", f'    "({", ".join(given[:5])}, "', f'    "{", ".join(given[5:])}) -> Tensor"', ")"]
-        )
-
-    def _signature(self, name: str) -> list[str]:
-        kinds = ("torch.Tensor" if isinstance(n.meta.get("val"), Tensor) else "int" for n in self.arguments)
-        given = [f"{argument}: {kind}" for kind, argument in zip(kinds, self.arguments.values(), strict=True)]
-        line = f"def {name}({', '.join(given)}) -> torch.Tensor:"
-        if len(line) <= LINE:
-            return [line]
-        return [f"def {name}(", *(f"    {argument}," for argument in given), ") -> torch.Tensor:"]
-
     def _reference(self) -> str:
         names = {**self.values, **self.arguments}
-        lines = [*self._signature("reference"), '    """The nodes the kernel stands for, one by one."""']
+        lines = [*signature("reference", self.arguments), '    """The nodes the kernel stands for, one by one."""']
         nodes = (*self.region.prologue, self.region.anchor, *self.region.epilogue)
         for node in nodes:
             target = "return" if node is nodes[-1] else f"{self.values[node]} ="
@@ -316,9 +274,9 @@ class _Writer:
         if node.target in CASTS:  # without the device, which is the operand's
             return f"{names[node.all_input_nodes[0]]}.to({self.facts.arguments(node)['dtype']})"
         if node is self.region.anchor:
-            return f"torch.ops.{node.target}({', '.join(_literal(value, names) for value in self.given.values())})"
-        given = [_literal(value, names) for value in node.args]
-        given += [f"{name}={_literal(value, names)}" for name, value in node.kwargs.items()]
+            return f"torch.ops.{node.target}({', '.join(literal(value, names) for value in self.given.values())})"
+        given = [literal(value, names) for value in node.args]
+        given += [f"{name}={literal(value, names)}" for name, value in node.kwargs.items()]
         return f"torch.ops.{node.target}({', '.join(given)})"
 
     def _table(self, kernels: Mapping[str, str]) -> str:
@@ -327,9 +285,13 @@ class _Writer:
             configs = emit_configs.fitting(kernel, self._pressure())
             lines.append(f'    "{kernel.name}": Specialised(')
             lines.append(f"        {kernels[kernel.name]},")
-            lines += ["        folded={", *(f"            {entry}," for entry in _entries(kernel.folded)), "        },"]
+            lines += [
+                "        folded={",
+                *(f"            {entry}," for entry in entries_of(kernel.folded)),
+                "        },",
+            ]
             lines.append("        configs=(")
-            lines += [f"            {_config(config)}," for config in configs]
+            lines += [f"            {config_text(config)}," for config in configs]
             lines += ["        ),", "    ),"]
         return "\n".join([*lines, "}"])
 
@@ -338,7 +300,7 @@ class _Writer:
         return sum(operand.form == "tile" for operand in self.region.after)
 
     def _run(self) -> str:
-        lines = [*self._signature("run"), '    """The same by the kernels. Raises Unsupported."""']
+        lines = [*signature("run", self.arguments), '    """The same by the kernels. Raises Unsupported."""']
         names = {**self.values, **self.arguments}
         options = ""
         if self.main is not None:
@@ -357,7 +319,7 @@ class _Writer:
             made, added = self._passed(self._operand(node), name)
             lines += made
             entries += added
-        args = ", ".join(_literal(value, names) for value in self.given.values())
+        args = ", ".join(literal(value, names) for value in self.given.values())
         lines += ["    operands = {", *(f"        {entry}," for entry in entries), "    }"] if entries else []
         passed = "operands" if entries else "{}"
         call = f"    return fused(implementation, ({args}), KERNELS, {passed}{options}){self._shaped()}"
@@ -420,30 +382,3 @@ def _static(size: Any, what: str) -> int:
     if not isinstance(size, int):
         raise Unfit(f"{what} is only known when the program runs")
     return size
-
-
-def _pattern(path: str) -> str:
-    """A module path with stars for layer numbers."""
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
-def _literal(value: Any, names: Mapping[Node, str]) -> str:
-    if isinstance(value, Node):
-        return names[value]
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_literal(item, names) for item in value)}]"
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return f'float("{value}")'
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.memory_format)):
-        return repr(value)
-    raise Unfit(f"{value!r} cannot be written down")
-
-
-def _entries(values: Mapping[str, Any]) -> list[str]:
-    """Of a dictionary of numbers, flags and words."""
-    return [f'"{name}": ' + (f'"{value}"' if isinstance(value, str) else repr(value)) for name, value in values.items()]
-
-
-def _config(config: Any) -> str:
-    only = f', only="{config.only}"' if config.only else ""
-    return f"Config({{{', '.join(_entries(config.constants))}}}, num_warps={config.num_warps}, num_stages={config.num_stages}{only})"

@@ -76,7 +76,9 @@ def export_mlir(
         CaptureError: a module that cannot be captured.
     """
     from rewriter.codegen import mlir
+    from rewriter.codegen.mlir_process import require
 
+    require("torch_mlir")
     check_writable(path)
     mlir.check_dialect(dialect)
     program = _program(model_or_optimized)

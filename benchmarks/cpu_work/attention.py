@@ -39,7 +39,9 @@ def _form(kind: str) -> tuple[Form, dict[str, Tensor]]:
     if kind.startswith("elu"):
         return Form("elu", SCALE, 0, "sliding", 0, "max", True, HEADS), {}
     form = Form("hedgehog", SCALE, WINDOW, "sliding", 0, "max", True, HEADS)
-    maps = {role: torch.randn(HEADS, WIDTH, WIDTH) * WIDTH**-0.5 for role in form.roles if role in ("query_map", "key_map")}
+    maps = {
+        role: torch.randn(HEADS, WIDTH, WIDTH) * WIDTH**-0.5 for role in form.roles if role in ("query_map", "key_map")
+    }
     return form, maps | {role: torch.ones(HEADS) for role in form.roles if role not in maps}
 
 

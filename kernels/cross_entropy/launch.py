@@ -7,7 +7,7 @@ an error without the host waiting for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from rewriter.kernels.cross_entropy import kernels
 from rewriter.kernels.cross_entropy.gradient import Gradients
 from rewriter.kernels.cross_entropy.reference import Pair, check
-from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
+from rewriter.kernels.launching import Config, Grid, Shipped, Unsupported, launch, precision
 
 _ROWS = 128  # positions per program
 _SHARE = 256  # classes are dealt out in multiples of this
@@ -112,7 +112,7 @@ def linear_cross_entropy_backward(
         part = flat.new_empty(count, last - first)
         launch(
             kernels.logit_gradients,
-            lambda constants, size=last - first: (blocks, triton.cdiv(size, constants["BN"])),
+            _grid(blocks, last - first),
             {**fixed, "out_ptr": part, "first": first, "last": last},
             {"BM": _ROWS, "PRECISION": precision(x.dtype)},
             _configs(x, softcap is not None or to_class is not None),
@@ -146,6 +146,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | No
     strides |= {"weight_row": weight.stride(0), "weight_feature": weight.stride(1)}
     tensors = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": _dense(bias)}
     return {**tensors, **strides, "width": x.shape[1], "softcap": softcap}
+
+
+def _grid(blocks: int, classes: int) -> Callable[[Mapping[str, Any]], Grid]:
+    return lambda constants: (blocks, triton.cdiv(classes, constants["BN"]))
 
 
 def _dense(values: Tensor | None) -> Tensor | None:

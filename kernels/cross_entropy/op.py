@@ -9,6 +9,7 @@ differentiable aten of saved inputs and results instead, so second derivatives a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
 def _backward(ctx: Any, grad: Tensor, grad_log_z: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, log_z = ctx.saved_tensors
     needed = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
-    function = linear_cross_entropy_backward if is_last(grad) else gradients
+    function: Callable[..., Gradients] = linear_cross_entropy_backward if is_last(grad) else gradients
     found = function(grad, grad_log_z, *inputs, log_z, *ctx.options, needed)
     to_x, to_weight, to_bias, to_class = (g if need else None for g, need in zip(found, needed, strict=True))
     return to_x, to_weight, to_bias, None, to_class, *(None for _ in ctx.options)

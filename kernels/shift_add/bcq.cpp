@@ -98,8 +98,8 @@ struct Tabled {
             float bases[LANES][BITS];  // of a group, side by side
             if (per == 1) {
                 for (long from = 0; from < count * BITS; from += LANES) {
-                    const long left = count * BITS - from;
-                    store(bases[0] + from, load_floats(w.scale, w.type, (base + unit) * BITS + from, left < LANES ? left : LANES));
+                    const long left = count * BITS - from, some = left < LANES ? left : LANES;
+                    store(bases[0] + from, load_floats(w.scale, w.type, (base + unit) * BITS + from, some));
                 }
             } else {
                 for (long l = 0; l < count; l++) {

@@ -58,7 +58,8 @@ static inline Floats lookup(Floats table, Ints index) {
     memcpy(half, &index, 64);
     for (int h = 0; h < 2; h++) {
         const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(half[h], 28));  // bit 3 to where blendv looks
-        found[h] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, half[h]), _mm256_permutevar8x32_ps(high, half[h]), upper);
+        const __m256 a = _mm256_permutevar8x32_ps(low, half[h]), b = _mm256_permutevar8x32_ps(high, half[h]);
+        found[h] = _mm256_blendv_ps(a, b, upper);
     }
     return load<Floats>(found);
 #else

@@ -91,7 +91,8 @@ struct Kind {
         Unsigned word = (Unsigned)part.words[dword] >> shift;
         if (shift + BITS > 32) word |= (Unsigned)part.words[(dword + 1) % DWORDS] << (32 - shift) % 32;
         if constexpr (SMALL) {
-            const Floats value = lookup(part.table, (Ints)word);  // looks at four bits, the table repeats where less count
+            // A lookup takes four bits; where fewer count, the table repeats.
+            const Floats value = lookup(part.table, (Ints)word);
             if constexpr (SPAN == 128) return value;
             return value * scale_of(part, k);
         } else {

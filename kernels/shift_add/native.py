@@ -48,7 +48,7 @@ def bcq_linear(
         ValueError: arguments that do not fit together, as the reference.
         Unsupported: another dtype, or no compiler.
     """
-    build = _bcq(like(x), like(codes), like(scale), maybe_like(shift), maybe_like(bias), group, in_features)
+    build = _bcq(features(x), like(codes), like(scale), maybe_like(shift), maybe_like(bias), group, in_features)
     if build.group_of is not None:  # groups on no border of lanes: scales of their own for every basis
         scale, shift = codec.bcq_alpha(scale, shift, codes.shape[1], torch.float32), None
     kept = None if shift is None else shift.contiguous()
@@ -67,7 +67,7 @@ def pot_linear(
     in_features: int,
 ) -> Tensor:
     """`reference.pot_linear` for float32, float16 and bfloat16; raises as `bcq_linear`."""
-    build = _pot(like(x), like(codes), like(scale), maybe_like(bias), bits, terms, group, in_features)
+    build = _pot(features(x), like(codes), like(scale), maybe_like(bias), bits, terms, group, in_features)
     return _stream(build, x, codes, scale, _pot_table(bits, terms), bias, group, in_features)
 
 
@@ -82,7 +82,7 @@ def level_linear(
     in_features: int,
 ) -> Tensor:
     """`reference.level_linear` for float32, float16 and bfloat16; raises as `bcq_linear`."""
-    likes = like(x), like(codes), like(scale), like(levels), maybe_like(bias)
+    likes = features(x), like(codes), like(scale), like(levels), maybe_like(bias)
     build = _level(*likes, bits, group, in_features)
     return _stream(build, x, codes, scale, _repeated(levels), bias, group, in_features)
 
@@ -109,6 +109,11 @@ def _stream(
 def like(tensor: Tensor) -> Like:
     """What a build and the checks depend on."""
     return tensor.shape, tensor.dtype
+
+
+def features(x: Tensor) -> Like:
+    """Of activations only the last dimension matters: every length of a sequence shares a build."""
+    return x.shape[-1:], x.dtype
 
 
 def maybe_like(tensor: Tensor | None) -> Like | None:

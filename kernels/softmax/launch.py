@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def _gradient_case(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]
 _SIZES: Mapping[str, int] = {"short": 128, "medium": 1024, "vocabulary": 50257}
 
 SHIPPED: tuple[Shipped, ...] = (
-    *(Shipped(f"softmax {name} bf16", softmax, lambda w=w: _case(w, torch.bfloat16), "none") for name, w in _SIZES.items()),
+    *(Shipped(f"softmax {name} bf16", softmax, partial(_case, w, torch.bfloat16), "none") for name, w in _SIZES.items()),
     Shipped("softmax vocabulary fp32", softmax, lambda: _case(50257, torch.float32), "none"),
     Shipped("log_softmax vocabulary bf16", log_softmax, lambda: _case(50257, torch.bfloat16), "none"),
     Shipped("softmax_backward vocabulary bf16", softmax_backward, lambda: _gradient_case(50257, torch.bfloat16), "none"),

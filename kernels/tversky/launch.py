@@ -7,6 +7,7 @@ bits of mantissa are more than the activations have; beside float32 ones as floa
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,10 @@ def tversky_backward(
 ) -> tuple[Tensor, ...]:
     """As `gradient.gradients`."""
     _refuse(x, features, prototypes)
-    flat, flat_grad = x.reshape(x.shape[:-1].numel(), x.shape[-1]), grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).contiguous()
+    flat, flat_grad = (
+        x.reshape(x.shape[:-1].numel(), x.shape[-1]),
+        grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).contiguous(),
+    )
     z, b = _scores(flat, features, prototypes, mirrored, projected)
     names = _naming(intersection, convention, difference, form)
     weights = (theta, alpha, beta, negative)
@@ -298,7 +302,7 @@ SHIPPED: tuple[Shipped, ...] = (
     Shipped("tversky product, signed pair fp16", tversky, lambda: _arguments("product", torch.float16, True)),
     Shipped("tversky product fp32", tversky, lambda: _arguments("product", torch.float32), "none"),
     *(
-        Shipped(f"tversky {name} bf16", tversky, lambda name=name: _arguments(name, torch.bfloat16))
+        Shipped(f"tversky {name} bf16", tversky, partial(_arguments, name, torch.bfloat16))
         for name in _NAMES
         if name != "product"
     ),
@@ -307,7 +311,7 @@ SHIPPED: tuple[Shipped, ...] = (
         Shipped(
             f"tversky_backward {name} bf16",
             tversky_backward,
-            lambda name=name: _gradient_arguments(name, torch.bfloat16),
+            partial(_gradient_arguments, name, torch.bfloat16),
         )
         for name in _NAMES
     ),

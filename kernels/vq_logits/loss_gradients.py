@@ -11,7 +11,7 @@ gradient_i. See ``gradients.py`` for what is a formula, what an operator, and fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,14 @@ def of_loss(
 ) -> Grads:
     """Gradients of the head's four arguments, for autograd: of cross entropy, or of log Z without target."""
     wanted = _wanted(ctx)
-    gradient = vq_tiers_loss_backward if shared.on_gpu(head[0]) else loss
+    gradient: Callable[..., Grads] = vq_tiers_loss_backward if shared.on_gpu(head[0]) else loss
     return _given(wanted, gradient(grad, *head, target, weight, label_smoothing, ignore_index, wanted), head)
 
 
 def of_log_softmax(ctx: Any, grad: Tensor, head: Head) -> Grads:
     """Gradients of the head's four arguments, for autograd; grad ``[..., V]`` is that at log p."""
     wanted = _wanted(ctx)
-    gradient = vq_tiers_log_softmax_backward if shared.on_gpu(head[0]) else log_softmax
+    gradient: Callable[..., Grads] = vq_tiers_log_softmax_backward if shared.on_gpu(head[0]) else log_softmax
     return _given(wanted, gradient(grad, *head, wanted), head)
 
 

@@ -37,7 +37,7 @@ def wide(args: Args) -> Args:
     return {n: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in args.items()}
 
 
-def as_exact(got: Tensor, usual: Tensor, golden: Tensor, exponent: float = 0.0) -> None:
+def as_exact(got: Tensor, usual: Tensor, golden: Tensor, exponent: float = 0.0, ulps: int = 8) -> None:
     """Off from float64 by at most twice what the reference is off in the same dtype, and by sums in another order.
 
     Such a sum that is an exponent, of magnitude up to ``exponent``, changes the result by as much relative to its size.
@@ -48,14 +48,14 @@ def as_exact(got: Tensor, usual: Tensor, golden: Tensor, exponent: float = 0.0) 
     elif got.numel():
         error, usual_error = ((x.double() - golden).abs().max() for x in (got, usual))
         size = float(golden.abs().max())
-        order = (8 + 2 * exponent) * torch.finfo(torch.float32).eps * size
+        order = (ulps + 2 * exponent) * torch.finfo(torch.float32).eps * size
         assert float(error) <= 2 * float(usual_error) + order, (error, usual_error, size)
 
 
-def agrees(rule: str, args: Args) -> None:
+def agrees(rule: str, args: Args, ulps: int = 8) -> None:
     results = zip(NATIVE[rule](*args.values()), reference(rule, args), reference(rule, wide(args)), strict=True)
     for n, triple in enumerate(results):
-        as_exact(*(real(args, x) if n == 0 else x for x in triple))
+        as_exact(*(real(args, x) if n == 0 else x for x in triple), ulps=ulps)
 
 
 @contextmanager
@@ -121,12 +121,11 @@ def test_long_sums_stay_exact(rule: str) -> None:
             agrees(rule, case(rule, 4096, 1, decay=decay, dtype=torch.float32, batch=1, chunk=64))
 
 
-@pytest.mark.parametrize("rule", NATIVE)
-def test_strong_decays_are_differences_of_long_sums(rule: str) -> None:
-    """Near keys count fully though both running sums are far from 0, where float32 is coarse."""
+def test_decays_are_differences_of_long_sums() -> None:
+    """Near keys count most though both running sums of a block are near −100, where float32 is coarse."""
     with sizes(2, 16, 16, 16):
-        args = case(rule, 150, 1, decay=1, dtype=torch.float32, chunk=16)
-    agrees(rule, args | {"log_decay": 5 * args["log_decay"] - 1})
+        args = case("hybrid", 192, 1, decay=1, dtype=torch.float32, window=64)
+    agrees("hybrid", args | {"log_decay": -0.8 + 0.2 * torch.arange(4)}, ulps=1)
 
 
 @pytest.mark.parametrize("rule", NATIVE)
