@@ -10,6 +10,7 @@ starting it. Arguments that are the same for all of them are constants of the si
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import io
 import textwrap
@@ -194,23 +195,31 @@ class Insertions:
 
 def names_in(kernel: Any) -> set[str]:
     """Every name a kernel uses, so that new ones can differ."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
-        n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)
-    }
+    return {name for names in _names(kernel) for name in names}
 
 
 def imports_of(kernel: Any) -> dict[str, tuple[str, str]]:
     """Globals of a kernel, Triton's modules left out: name -> module and name there."""
-    used, found = names_in(kernel), {}
-    for name in sorted(used & set(kernel.fn.__globals__)):
+    read, own = _names(kernel)
+    found = {}
+    # Triton's interpreter leaves names of its own among the globals, builtins and others: what is local stays local.
+    for name in sorted((read - own) & set(kernel.fn.__globals__)):
         value = kernel.fn.__globals__[name]
-        if name in ("tl", "triton"):
+        if name in ("tl", "triton") or hasattr(builtins, name):
             continue
         function = getattr(value, "fn", value)
         home = getattr(function, "__module__", None) if callable(function) else None
         found[name] = (home or kernel.fn.__module__, getattr(function, "__name__", name) if home else name)
     return found
+
+
+def _names(kernel: Any) -> tuple[set[str], set[str]]:
+    """Names a kernel reads, and names that are its arguments and variables."""
+    nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))))
+    named = [node for node in nodes if isinstance(node, ast.Name)]
+    read = {node.id for node in named if isinstance(node.ctx, ast.Load)}
+    own = {node.id for node in named if isinstance(node.ctx, ast.Store)}
+    return read, own | {node.arg for node in nodes if isinstance(node, ast.arg)}
 
 
 def specialised(hooked: Hooked, name: str, put: Insertions, operand: str) -> str:

@@ -20,6 +20,7 @@ from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, pre
 from rewriter.kernels.linear_attention import additive, kernels
 from rewriter.kernels.linear_attention.launch_common import (
     WIDEST_FEATURES,
+    Decay,
     block,
     decay_of,
     dense,
@@ -61,7 +62,7 @@ class Call:
         return self.q.shape[0], self.q.shape[3], self.v.shape[3]
 
     @cached_property
-    def decay(self) -> Any:
+    def decay(self) -> Decay:
         return decay_of(self.log_decay, self.k.shape[0], self.k.shape[2])
 
     @cached_property

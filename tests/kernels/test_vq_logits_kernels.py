@@ -212,6 +212,15 @@ def test_product(case: tuple[Any, ...], blocks: bool) -> None:
     as_the_reference(products.product, reference(op.vq_logits_product), case, blocks)
 
 
+@pytest.mark.parametrize("positions", [2, 9, 20], ids=["tables", "tiles", "decoded"])
+def test_padding_of_the_last_group_is_not_used(positions: int) -> None:
+    g = torch.Generator().manual_seed(5)
+    h, codebook = torch.randn(positions, 6, generator=g).bfloat16(), torch.randn(2, 7, 4, generator=g).bfloat16()
+    codebook[1, :, 2:] = torch.nan
+    codes = torch.randint(0, 7, (40, 2), generator=g).to(torch.uint8)
+    as_the_reference(products.product, reference(op.vq_logits_product), (h, codebook, codes, None))
+
+
 @given(product_heads(), wanteds)
 @laws
 def test_gradients_of_product(case: tuple[Any, ...], wanted: list[bool]) -> None:
