@@ -109,7 +109,17 @@ def _spelled(operator: OpOverload) -> Callable[[Tensor, Tensor | int], Tensor]:
     return replaced
 
 
+def _summed(operator: OpOverload) -> Callable[..., Any]:
+    """A sum of bytes: torch-mlir's takes them for signed ones."""
+
+    def replaced(x: Tensor, *args: Any, **options: Any) -> Any:
+        return operator(x.to(torch.int64), *args, **options) if x.dtype is torch.uint8 else NotImplemented
+
+    return replaced
+
+
 _OWN: Table = {
+    **{op: _summed(op) for op in (aten.sum.default, aten.sum.dim_IntList, aten.cumsum.default)},
     **{op: _constant(op) for op in (aten.arange.start_step, aten.full_like.default, aten.scalar_tensor.default)},
 }
 for _operator, *_spellings in (

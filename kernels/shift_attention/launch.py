@@ -106,7 +106,7 @@ def _summed(x: Tensor, v: Tensor, keep: Tensor | None, factor: float) -> Tensor:
             **_strides("x", x), **_strides("v", v),
         },
         {"FACTOR": factor, "WIDE": v.dtype is torch.float32, "DP": _padded(dim), "VP": _padded(v.shape[3])},
-        [_tile(v)],
+        [Config({"BT": 32}, num_warps=4, num_stages=2)],
     )  # fmt: skip
     return out.sum(2) if parts > 1 else out.squeeze(2)
 

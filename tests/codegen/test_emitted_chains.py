@@ -68,13 +68,13 @@ def quantised(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return codec.pack_bits(signs.bool()), scale
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(cases("linear"), st.integers(0, 1))
 def test_dense_chains(folder: Path, case: Case, which: int) -> None:
     check(case.program, folder, which)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(cases("bcq_linear"), st.integers(0, 1))
 def test_packed_chains(folder: Path, case: Case, which: int) -> None:
     check(case.program, folder, which)
@@ -110,3 +110,24 @@ def test_no_rows(folder: Path) -> None:
     built = Built()
     y = built.graph.call_function(aten.linear.default, (built.input(torch.ones(0, 8)), built.input(torch.ones(6, 8))))
     check(built.case(built.graph.call_function(aten.relu.default, (y,))).program, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 19])
+@pytest.mark.parametrize("packed", [False, True])
+def test_activations_that_are_wider_in_memory(folder: Path, dtype: torch.dtype, rows: int, packed: bool) -> None:
+    """A norm in float32, cast for the product: the kernel reads float32, and multiplies what the cast leaves."""
+    built, weight = Built(), torch.randn(24, 70)
+    x = built.graph.call_function(
+        aten.mul.Tensor, (built.input(torch.randn(rows, 70)), built.input(torch.rand(rows, 1)))
+    )
+    x = built.graph.call_function(aten.to.dtype, (x, dtype))
+    if packed:
+        codes, scale = quantised(weight, 8)
+        y = built.graph.call_function(bcq_linear, (x, built.input(codes), built.input(scale), None, None, 8, 70))
+    else:
+        y = built.graph.call_function(aten.linear.default, (x, built.input(weight.to(dtype))))
+    program = built.case(y).program
+    (site,) = emit(program, folder=folder, dense=True).sites
+    assert site.fused == ("mul.Tensor", "to.dtype") and "standing_in" in site.emitted.path.read_text()
+    check(program, folder)

