@@ -73,6 +73,7 @@ class Compiled:
         shared: bytes per program.
         matrix: matrix instructions in its assembly, the target's widest first.
         warps: per program.
+        narrowed: products asked for in float32 are done in TF32 (Triton 3.7 does so for some tiles on sm_100).
     """
 
     kernel: str
@@ -82,6 +83,7 @@ class Compiled:
     shared: int
     matrix: tuple[str, ...]
     warps: int
+    narrowed: bool = False
 
     def faults(self) -> list[str]:
         """Why it would not run well, or at all, on its target."""
@@ -89,6 +91,7 @@ class Compiled:
         return [
             *([f"{self.spills} bytes spilled per thread"] if self.spills else []),
             *([f"{self.shared} bytes of shared memory, {limit.shared} there are"] if self.shared > limit.shared else []),
+            *(["float32 is multiplied as TF32"] if self.narrowed else []),
             *([f"{self.registers} registers, {limit.registers} there are"] if self.registers > limit.registers else []),
         ]
 
@@ -113,8 +116,9 @@ def compile(start: Start, target: str | Target) -> Compiled:
     registers, spills = _amd(artifact.asm["amdgcn"]) if chip.gpu.backend == "hip" else _nvidia(artifact.asm["cubin"])
     text = artifact.asm["amdgcn" if chip.gpu.backend == "hip" else "ptx"]
     found = tuple(instruction for instruction in chip.matrix if instruction in text)
-    shared = int(artifact.metadata.shared)
-    return Compiled(name, chip.name, registers, spills, shared, found, int(artifact.metadata.num_warps))
+    shared, warps = int(artifact.metadata.shared), int(artifact.metadata.num_warps)
+    narrowed = "ieee" in start.constants.values() and "tf32" in text
+    return Compiled(name, chip.name, registers, spills, shared, found, warps, narrowed)
 
 
 # --- what the just-in-time compiler would specialise on -----------------------------------------------------

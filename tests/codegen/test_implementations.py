@@ -7,13 +7,14 @@ import json
 from typing import Any
 
 import pytest
-import rewriter
 import torch
+from torch import Tensor, nn
+
+import rewriter
 from rewriter.codegen import roofline
 from rewriter.codegen.implementations import Implementation, fallbacks, implementations
 from rewriter.errors import PlanError
 from rewriter.kernels.spec import Cost
-from torch import Tensor, nn
 
 
 class Two(nn.Module):

@@ -89,6 +89,11 @@ def test_a_product_without_matrix_instructions_is_found() -> None:
     assert any("assembly" in fault for fault in shipped.faults(case, "sm_90", list(shipped.rows(case, "sm_90"))))
 
 
+def test_float32_as_tf32_is_found() -> None:
+    compiled = Compiled("k", "sm_100", registers=128, spills=0, shared=0, matrix=(), warps=4, narrowed=True)
+    assert compiled.faults() == ["float32 is multiplied as TF32"]
+
+
 def test_what_does_not_compile_is_named() -> None:
     [request] = _case(_broken, 32, 32, 32).requests()
     with pytest.raises(ExportError, match="_broken does not compile for sm_80"):
