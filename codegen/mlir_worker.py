@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> int:
         else:
             run(Path(arguments[1]))
     except Exception as reason:  # whatever it is, the parent reads it
-        print(f"{type(reason).__name__}: {reason}", file=sys.stderr)
+        sys.stderr.write(f"{type(reason).__name__}: {reason}\n")
         return 1
     return 0
 

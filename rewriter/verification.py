@@ -307,10 +307,10 @@ def _outputs(golden: _Pair, own: _Pair, labels: Sequence[str]) -> Iterator[Figur
     samples = range(len(before.outputs))
     for i in range(max((len(out) for run in golden for out in run.outputs), default=0)):
         name = f"output {labels[i] if i < len(labels) else i}"
-        runs = [Runs(*(_at(run.outputs[s], i) for run in (*golden, *own))) for s in samples]
-        known = [(r.own_before, r.golden_before) for r in runs]
-        noise = max((relative_error(o, g) for o, g in known if o is not None and g is not None), default=0.0)
-        yield worst(compare(name, s, r, noise=noise) for s, r in enumerate(runs))
+        of_samples = [Runs(*(_at(run.outputs[s], i) for run in (*golden, *own))) for s in samples]
+        known = [(r.own_before, r.golden_before) for r in of_samples]
+        lost = max((relative_error(o, g) for o, g in known if o is not None and g is not None), default=0.0)
+        yield worst(compare(name, s, r, noise=lost) for s, r in enumerate(of_samples))
     for name in dict.fromkeys((*before.buffers, *after.buffers)):
         runs = Runs(*(run.buffers.get(name) for run in (*golden, *own)))
         yield compare(f"buffer {name}", len(before.outputs) - 1, runs)

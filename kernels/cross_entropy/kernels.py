@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-errors
 """Linear and cross entropy in one kernel: logits exist as tiles only.
 
     l_i = cap(w_i·x + b_i)     cap(l) = c tanh(l / c)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-errors
 """Decoding of packed ShiftAdd weights inside Triton kernels; the layouts are those of `rewriter.kernels.shift_add.codec`.
 
 A weight is computed in float32 by the reference's formula, in its order, so that the tile a kernel multiplies is bit for

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-errors
 """Triton kernels of the gradients of ``y = x Wᵀ + b`` on packed weights. Neither W nor ∂W is ever written to memory.
 
 Common arguments are those of `rewriter.kernels.shift_add.decode_kernels`; grad is ``[count, out]``, contiguous, x is

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-errors
 """Triton kernels of ``y = x Wᵀ + b`` on packed weights: a matrix product, a product with one row, and that by tables;
 and of look-ups of rows of W.
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-errors
 """Triton kernels of attention by additions; the formulas are those of `rewriter.kernels.shift_attention.reference`.
 
 Both products over tokens are summed before anything of size tokens × tokens could arise: S = b(k)ᵀ v is ``[D, Dv]`` per

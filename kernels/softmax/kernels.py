@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-errors
 """Softmax and log-softmax of rows of any width in two passes, and the running maximum and sum others build on.
 
     m' = max(m, max_i x_i)          s' = s exp(m − m') + Σ_i exp(x_i − m')          log Σ exp = m + log s

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-errors
 """Gradient of the Tversky similarity in tiles; the formulas are in `gradient`.
 
 `slopes` forms, for each row and prototype, what each sum of the similarity receives; none of these matrices is larger than

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: ignore-errors
 """Tversky similarities in tiles of rows and prototypes: nothing of rows times prototypes times features.
 
 z = x Ωᵀ and b = Π Ωᵀ are matrix products (`product`). What follows is, in the product contrast, two more (`two_products`)

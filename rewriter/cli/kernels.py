@@ -22,7 +22,7 @@ def listing(found: Sequence[Implementation], target: str) -> RenderableType:
     for members in _alike(found):
         first = members[0]
         runs = Text(f"{first.chosen}\n{first.source}", "yellow" if first.chosen == "reference" else "green")
-        cells = [_sites(members), first.operator, runs, duration(first.bound), first.bound_by]
+        cells: list[RenderableType] = [_sites(members), first.operator, runs, duration(first.bound), first.bound_by]
         if measured:
             times = [one.seconds or 0.0 for one in members]
             share = sum(one.bound for one in members) / sum(times) if sum(times) else 0.0
