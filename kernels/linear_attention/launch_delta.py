@@ -140,7 +140,7 @@ class _Call:
         self.start(
             delta_kernels.delta_states_kernel,
             lambda c: (self.rows, triton.cdiv(values, c["BV"])),
-            Config({"BF": block(features, WIDEST_FEATURES), "BV": 16}),
+            Config({"BF": block(features, WIDEST_FEATURES), "BV": 16}, num_warps=8 if self.k.dtype is torch.float32 else 4),
             new_ptr=new,
             old_ptr=old,
             states_ptr=states,

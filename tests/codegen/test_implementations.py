@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import rewriter
@@ -77,14 +78,13 @@ def test_the_roofline_is_the_larger_of_two_times() -> None:
 
 
 def test_the_listing_folds_equal_sites_and_names_reasons() -> None:
-    from rewriter.cli.console import console
     from rewriter.cli.kernels import listing
 
     def site(name: str, chosen: str, why: str = "") -> Implementation:
         return Implementation(name, "r", "op", "cpu", chosen, why, "f/native.py", (), 1e-6, "memory", 2e-6)
 
     found = [site(f"layers.{i}.q", "native") for i in range(4)] + [site("head", "reference", "no compiler")]
-    screen = console()
+    screen = Console(width=120)
     with screen.capture() as shown:
         screen.print(listing(found, "cpu"))
     text = shown.get()
