@@ -2,7 +2,7 @@
 """What the rewritten operators win on this processor, side by side with what they replace, at 1 and 2 threads.
 
 .venv/bin/python benchmarks/cpu.py                  # everything; writes benchmarks/results/cpu.json and docs/benchmarks_cpu.md
-.venv/bin/python benchmarks/cpu.py --only "tiers"   # the rows whose name the regular expression finds; writes nothing
+.venv/bin/python benchmarks/cpu.py --only "tiers"   # only the rows whose name the regular expression finds, the others stay
 .venv/bin/python benchmarks/cpu.py --read           # the page from the stored results
 
 Sides take turns within one run (`timing`), inputs and weights rotate. Only ratios count.
@@ -184,21 +184,31 @@ def page(results: Results) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="", help="regular expression on the rows' names; nothing is written")
+    parser.add_argument("--only", default="", help="regular expression on the rows' names")
     parser.add_argument("--read", action="store_true", help="measure nothing; write the page from the stored results")
     given = parser.parse_args(arguments)
     console = Console(width=180)
-    if given.read:
-        data = json.loads(RESULTS.read_text())
-        results = Results(data["machine"], data["bandwidth"], tuple(Row(**row) for row in data["rows"]))
-    else:
-        results = measure(given.only, console)
-    show(results, console)
+    results = stored() if given.read else measure(given.only, console)
     if given.only:
-        return
-    if not given.read:
-        RESULTS.write_text(json.dumps(asdict(results), indent=1) + "\n")
+        results = merged(stored(), results)
+    show(results, console)
+    RESULTS.write_text(json.dumps(asdict(results), indent=1) + "\n")
     PAGE.write_text(page(results))
+
+
+def stored() -> Results:
+    if not RESULTS.exists():
+        return Results("", {}, ())
+    data = json.loads(RESULTS.read_text())
+    return Results(data["machine"], data["bandwidth"], tuple(Row(**row) for row in data["rows"]))
+
+
+def merged(old: Results, new: Results) -> Results:
+    """The new rows in place of the old ones of the same work, in the order of the works."""
+    rows = {(r.group, r.name, r.threads, r.rival): r for r in (*old.rows, *new.rows)}
+    order = {(work.group, work.name): position for position, work in enumerate(works())}
+    ordered = sorted(rows.values(), key=lambda row: order.get((row.group, row.name), len(order)))
+    return Results(new.machine, new.bandwidth, tuple(ordered))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ SHIPPED: tuple[Shipped, ...] = (
     Shipped("additive attention 64, bf16", additive_attention, lambda: _case(torch.bfloat16, 64), "mma"),
     Shipped("additive attention 32, fp16", additive_attention, lambda: _case(torch.float16, 32, whole=False), "mma"),
     Shipped("additive attention 64, fp32", additive_attention, lambda: _case(torch.float32, 64), "mma"),
-    Shipped("its gradient, 64, bf16", additive_attention_backward, lambda: _gradient_case(torch.bfloat16, 64), "mma"),
-    Shipped("its gradient, 32, fp16", additive_attention_backward, lambda: _gradient_case(torch.float16, 32), "mma"),
-    Shipped("its gradient, 64, fp32", additive_attention_backward, lambda: _gradient_case(torch.float32, 64), "mma"),
+    Shipped("additive_attention_backward, 64, bf16", additive_attention_backward, lambda: _gradient_case(torch.bfloat16, 64), "mma"),
+    Shipped("additive_attention_backward, 32, fp16", additive_attention_backward, lambda: _gradient_case(torch.float16, 32), "mma"),
+    Shipped("additive_attention_backward, 64, fp32", additive_attention_backward, lambda: _gradient_case(torch.float32, 64), "mma"),
 )
