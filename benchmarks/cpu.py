@@ -39,7 +39,7 @@ class Row:
 
     Attributes:
         ours, theirs: seconds, per unit of work.
-        ratio: theirs over ours; for work with emptied caches the share of the speed of memory.
+        ratio: theirs over ours; against "speed of memory" the share of it.
         asked: what the ratio should be; None where nothing is asked.
         bound: what the ratio would be at the speed of memory; None where memory is not what bounds it.
         noisy: a side's quartiles were more than 1.5 apart, twice.
@@ -80,7 +80,7 @@ def measure(only: str, console: Console) -> Results:
         for threads in THREADS:
             torch.set_num_threads(threads)
             with torch.no_grad() if "backward" not in work.name else torch.enable_grad():
-                found = list(_rows(work, threads, interleaved(sides, cold=work.cold), speed[threads]))
+                found = list(_rows(work, threads, interleaved(sides), speed[threads]))
             rows += found
             for row in found:
                 console.print(" · ".join(_cells(row)), markup=False, highlight=False)
@@ -99,7 +99,7 @@ def works() -> Iterator[Work]:
 def _rows(work: Work, threads: int, timings: dict[str, Timing], speed: float) -> Iterator[Row]:
     per_unit = {name: timing.median / work.units.get(name, 1) for name, timing in timings.items()}
     ours, at_bound = per_unit[OURS], work.nbytes / speed
-    if work.cold:
+    if work.share:
         share, noisy = at_bound / ours, timings[OURS].noisy
         yield Row(work.group, work.name, threads, "speed of memory", ours, at_bound, share, work.share, None, noisy)
     for name, theirs in per_unit.items():

@@ -22,7 +22,7 @@ import torch
 RUNS = 9  # turns, at least 7
 TURN = 0.02  # seconds a turn takes at least
 SPREAD = 1.5  # p75 / p25 above which a median is not believed
-EVICTION = 256 << 20  # bytes read and written between calls that must find nothing in a cache
+STREAM = 256 << 20  # bytes whose reading says how fast memory is
 
 Call = Callable[[], object]
 
@@ -40,26 +40,22 @@ class Timing:
         return self.high > SPREAD * self.low
 
 
-def interleaved(sides: Mapping[str, Call], *, cold: bool = False, runs: int = RUNS) -> dict[str, Timing]:
-    """Time every side in turns. ``cold``: single calls, with the caches emptied before each."""
-    timings = _measure(sides, cold, runs)
+def interleaved(sides: Mapping[str, Call], *, runs: int = RUNS) -> dict[str, Timing]:
+    """Time every side in turns."""
+    timings = _measure(sides, runs)
     again = {name: call for name, call in sides.items() if timings[name].noisy}
     if again:  # all of them, so that the sides are still measured side by side
-        timings = _measure(sides, cold, 2 * runs)
+        timings = _measure(sides, 2 * runs)
     return timings
 
 
-def _measure(sides: Mapping[str, Call], cold: bool, runs: int) -> dict[str, Timing]:
-    calls = {name: 1 if cold else _calls(side) for name, side in sides.items()}
+def _measure(sides: Mapping[str, Call], runs: int) -> dict[str, Timing]:
+    calls = {name: _calls(side) for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    waste = torch.zeros(EVICTION // 4 if cold else 0)
     gc.collect()
     for _ in range(runs):
         for name, side in sides.items():
-            if cold:
-                waste.add_(1.0)
-            else:
-                side()  # the caches hold what this side uses, not what the one before used
+            side()  # the caches hold what this side uses, not what the one before used
             start = time.perf_counter()
             for _ in range(calls[name]):
                 side()
@@ -86,12 +82,12 @@ def bandwidth(threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        data = torch.ones(EVICTION // 4)
+        data = torch.ones(STREAM // 4)
         best = 0.0
         for _ in range(5):
             start = time.perf_counter()
             data.sum()
-            best = max(best, EVICTION / (time.perf_counter() - start))
+            best = max(best, STREAM / (time.perf_counter() - start))
         return best
     finally:
         torch.set_num_threads(before)

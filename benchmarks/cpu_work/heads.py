@@ -18,6 +18,7 @@ from rewriter.kernels.vq_logits import op
 TOKENS, WIDTH, CODES = 50257, 768, 2048
 GROUP_DIMS, GROUP_CODES = 4, 256
 ROTATION = 8  # hidden states that take turns
+COLD = 300 << 20  # bytes of codebooks that take turns, so that each has left every cache when its turn comes again
 K = 50
 
 
@@ -49,19 +50,24 @@ def _logits(batch: int, dtype: torch.dtype, asked: float) -> Work:
 
 
 def _cold(batch: int, dtype: torch.dtype) -> Work:
-    name = f"{_label(batch, dtype)}, caches emptied"
-    sides = partial(_tiers, batch, dtype, dense=False)
-    return Work("VQ-logits tiers", name, sides, {}, _traffic(batch, dtype), cold=True, share=0.8)
+    name = f"{_label(batch, dtype)}, codebooks take turns"
+    return Work("VQ-logits tiers", name, partial(_evicted, batch, dtype), {}, _traffic(batch, dtype), share=0.8)
 
 
-def _tiers(batch: int, dtype: torch.dtype, dense: bool = True) -> Mapping[str, Call]:
+def _evicted(batch: int, dtype: torch.dtype) -> Mapping[str, Call]:
+    h, (_, code_of) = torch.randn(batch, WIDTH).to(dtype), _head(dtype)
+    codebooks = [(torch.randn(CODES, WIDTH).to(dtype),) for _ in range(COLD // (CODES * WIDTH * dtype.itemsize))]
+    return {OURS: rotating(lambda codebook: op.vq_logits_tiers(h, codebook, code_of, None), codebooks)}
+
+
+def _tiers(batch: int, dtype: torch.dtype) -> Mapping[str, Call]:
     hidden = [(torch.randn(batch, WIDTH).to(dtype),) for _ in range(ROTATION)]
     codebook, code_of = _head(dtype)
-    sides = {OURS: rotating(lambda h: op.vq_logits_tiers(h, codebook, code_of, None), hidden)}
-    if dense:
-        weight = torch.randn(TOKENS, WIDTH).to(dtype)
-        sides["dense"] = rotating(lambda h: F.linear(h, weight), hidden)
-    return sides
+    weight = torch.randn(TOKENS, WIDTH).to(dtype)
+    return {
+        OURS: rotating(lambda h: op.vq_logits_tiers(h, codebook, code_of, None), hidden),
+        "dense": rotating(lambda h: F.linear(h, weight), hidden),
+    }
 
 
 def _head(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,7 @@ class Work:
             gone before the next one's are made.
         at_least: how many times faster than a side ours must be.
         nbytes: bytes that ours has to read and write; 0 where memory is not what bounds it.
-        cold: the caches are emptied between calls, and what is asked for is ``share`` of the speed of memory.
-        share: of the speed of memory, asked of a cold row.
+        share: of the speed of memory, asked of ours; 0 where that is not the question.
         units: what a time is divided by, by side, where sides do unequal amounts of work.
     """
 
@@ -34,7 +33,6 @@ class Work:
     sides: Callable[[], Mapping[str, Call]]
     at_least: Mapping[str, float] = field(default_factory=dict)
     nbytes: int = 0
-    cold: bool = False
     share: float = 0.0
     units: Mapping[str, int] = field(default_factory=dict)
 
