@@ -72,7 +72,7 @@ def _step() -> Mapping[str, Call]:
 
         def step() -> Tensor:
             logits: Tensor = run(token, past_key_values=cache, use_cache=True).logits
-            cache.crop(LENGTH)  # so that every call has the same context
+            cache.crop(-1)  # so that every call has the same context
             return logits
 
         return step
