@@ -47,7 +47,7 @@ How to read it
   the fit did not see.
 - Perplexity, KL and agreement are those of `rewriter.evaluate` on held-out text: not trained on, and used neither for
   calibration nor for the choice of the head's size.
-- Latency is of the aten reference, which decodes the weights on every call: this version makes models smaller, not faster.
+- Latency is of whole calls, on this machine alone; docs/benchmarks_cpu.md compares operators side by side.
 """
 
 
