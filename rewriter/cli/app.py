@@ -19,7 +19,7 @@ from rewriter.cli import explaining, exports, inspecting, jobs, loading
 from rewriter.cli import kernels as kernel_list
 from rewriter.cli import options as o
 from rewriter.cli.console import json_text, progress_bar, quieten, refusing, show
-from rewriter.cli.jobs import DEFAULT_ROWS, Job
+from rewriter.cli.jobs import Capture, Choice, Data
 from rewriter.codegen.implementations import implementations
 from rewriter.errors import ExportError, PlanError
 from rewriter.files import atomic_file, check_writable
@@ -65,23 +65,20 @@ def passes(
         "rewriter inspect examples/tiny_lm --site model.layers.0.self_attn",
     )
 )
+@o.expanded()
 def inspect(
-    model: o.Model,
+    capture: Capture,
     passes: o.Passes = "fuse,shift_add:embeddings=true,vq_logits",
     site: Annotated[
         str | None, typer.Option(metavar="PATH", help="Show the graph nodes of this module instead.")
     ] = None,
-    example_inputs: o.ExampleInputs = None,
-    static_shapes: o.Static = False,
-    dtype: o.Dtype = "float32",
     as_json: o.AsJson = False,
 ) -> None:
     """Show the module tree with sizes and what each pass could take, or the nodes of one module."""
     with refusing():
-        job = Job(model, passes, example_inputs, static=static_shapes, dtype=dtype)
+        chosen = loading.parse_passes(passes)
         with progress_bar() as tell:
-            module, program = jobs.captured(job, tell)
-            chosen = loading.parse_passes(passes)
+            module, program = jobs.captured(capture, tell)
             kind = type(module).__name__
             found = inspecting.site(program, site) if site else inspecting.overview(kind, program, chosen)
         show(*found, as_json)
@@ -93,8 +90,9 @@ def inspect(
         "rewriter explain mypackage.models:build --rule fuse.qkv",
     )
 )
+@o.expanded()
 def explain(
-    model: o.Model,
+    capture: Capture,
     rule: Annotated[
         str,
         typer.Option(metavar="NAME", help="A view (attention), a pass (fuse) or one rule of a pass (fuse.qkv)."),
@@ -103,16 +101,13 @@ def explain(
         str | None, typer.Option(metavar="PATH", help="Only at or below this module; its last parts are enough.")
     ] = None,
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="Reasons to show, nearest misses first.")] = 10,
-    example_inputs: o.ExampleInputs = None,
-    static_shapes: o.Static = False,
-    dtype: o.Dtype = "float32",
     as_json: o.AsJson = False,
 ) -> None:
     """Say where a rule applies and why it does not elsewhere: the step that failed, what it found, your source line."""
     with refusing():
         of = explaining.subject(rule)
         with progress_bar() as tell:
-            _, program = jobs.captured(Job(model, "", example_inputs, static=static_shapes, dtype=dtype), tell)
+            _, program = jobs.captured(capture, tell)
             path = None if site is None else explaining.site_path(program, site)
             found = explaining.explanation(program, rule, of, path, limit)
         show(*found, as_json)
@@ -124,18 +119,12 @@ def explain(
         "rewriter plan examples/tiny_lm -p shift_add --select lm_head=none --expect shift_add=28",
     )
 )
+@o.expanded()
 def plan(
-    model: o.Model,
-    passes: o.Passes,
-    select: o.Select = None,
-    expect: o.Expect = None,
+    choice: Choice,
+    capture: Capture,
+    data: Data,
     allow_untrained: o.AllowUntrained = True,
-    example_inputs: o.ExampleInputs = None,
-    static_shapes: o.Static = False,
-    dtype: o.Dtype = "float32",
-    calibration: o.Calibration = None,
-    calibration_rows: o.Rows = DEFAULT_ROWS,
-    seed: o.Seed = 0,
     out: o.PlanOut = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -143,53 +132,27 @@ def plan(
     with refusing():
         if out is not None:
             check_writable(out)
-        job = Job(
-            model,
-            passes,
-            example_inputs,
-            calibration,
-            calibration_rows,
-            loading.parse_pairs(select or [], "--select"),
-            loading.parse_counts(expect or []),
-            seed,
-            dtype,
-            static_shapes,
-            allow_untrained=allow_untrained,
-        )
         with progress_bar() as tell:
-            made = jobs.planned(job, tell)
+            made = jobs.planned(capture, choice, data, tell, allow_untrained=allow_untrained)
         if out is not None:
             _write_json(out, made.to_json())
         show(made, made.to_json(), as_json)
 
 
 @app.command(epilog=o.examples("rewriter apply examples/tiny_lm --plan plan.json --out rewritten"))
+@o.expanded()
 def apply(
-    model: o.Model,
+    capture: Capture,
+    data: Data,
     plan: Annotated[Path, typer.Option("--plan", metavar="FILE", help="A plan written by rewriter plan --out.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the rewritten model is written.")],
-    example_inputs: o.ExampleInputs = None,
-    static_shapes: o.Static = False,
-    dtype: o.Dtype = "float32",
-    calibration: o.Calibration = None,
-    calibration_rows: o.Rows = DEFAULT_ROWS,
     as_json: o.AsJson = False,
 ) -> None:
     """Apply a stored plan to a checkpoint of the same architecture and save the result."""
     with refusing():
         check_target(out)
-        job = Job(
-            model,
-            "",
-            example_inputs,
-            calibration,
-            calibration_rows,
-            dtype=dtype,
-            static=static_shapes,
-            plan=_read_plan(plan),
-        )
         with progress_bar() as tell:
-            done = jobs.optimized(job, tell)
+            done = jobs.applied(capture, _read_plan(plan), data, tell)
             done.opt.save(out)
         show(done.report, done.report.to_json(), as_json)
 
@@ -202,20 +165,14 @@ def apply(
         "rewriter optimize models/lm -p shift_add --select lm_head=none --expect shift_add=28",
     )
 )
+@o.expanded()
 def optimize(
-    model: o.Model,
-    passes: o.Passes,
-    select: o.Select = None,
-    expect: o.Expect = None,
+    choice: Choice,
+    capture: Capture,
+    data: Data,
     allow_untrained: o.AllowUntrained = True,
-    example_inputs: o.ExampleInputs = None,
-    static_shapes: o.Static = False,
-    dtype: o.Dtype = "float32",
-    calibration: o.Calibration = None,
-    calibration_rows: o.Rows = DEFAULT_ROWS,
     evaluate: o.Evaluate = None,
     evaluate_rows: o.EvaluateRows = 32,
-    seed: o.Seed = 0,
     target: o.Target = None,
     strict: o.Strict = False,
     keep_original: o.KeepOriginal = True,
@@ -226,27 +183,17 @@ def optimize(
     as_json: o.AsJson = False,
 ) -> None:
     """Rewrite a model, report what it cost, and export."""
+    options = {
+        "target": target,
+        "strict": strict,
+        "allow_untrained": allow_untrained,
+        "keep_original": keep_original,
+    }
     with refusing():
         _check_outputs([p for p in (onnx, report) if p is not None], save)
-        job = Job(
-            model,
-            passes,
-            example_inputs,
-            calibration,
-            calibration_rows,
-            loading.parse_pairs(select or [], "--select"),
-            loading.parse_counts(expect or []),
-            seed,
-            dtype,
-            static_shapes,
-            target,
-            strict,
-            allow_untrained,
-            keep_original,
-        )
         tokens = None if evaluate is None else loading.load_tokens(evaluate, evaluate_rows)
         with progress_bar() as tell:
-            done = jobs.optimized(job, tell)
+            done = jobs.optimized(capture, choice, data, tell, **options)
             figures = {} if tokens is None else jobs.measured(done, tokens, tell)
             if onnx is not None:
                 figures |= jobs.exported(done, onnx, opset, tell)
@@ -265,36 +212,18 @@ def optimize(
         "rewriter diff examples/tiny_lm -p fuse,shift_add --site model.layers.0.self_attn",
     )
 )
+@o.expanded()
 def diff(
-    model: o.Model,
-    passes: o.Passes,
-    select: o.Select = None,
-    expect: o.Expect = None,
+    choice: Choice,
+    capture: Capture,
+    data: Data,
     site: Annotated[str | None, typer.Option(metavar="PATH", help="Only what changed at or below this module.")] = None,
-    example_inputs: o.ExampleInputs = None,
-    static_shapes: o.Static = False,
-    dtype: o.Dtype = "float32",
-    calibration: o.Calibration = None,
-    calibration_rows: o.Rows = DEFAULT_ROWS,
-    seed: o.Seed = 0,
     as_json: o.AsJson = False,
 ) -> None:
     """Show the graph before and after rewriting, side by side."""
     with refusing():
-        job = Job(
-            model,
-            passes,
-            example_inputs,
-            calibration,
-            calibration_rows,
-            loading.parse_pairs(select or [], "--select"),
-            loading.parse_counts(expect or []),
-            seed,
-            dtype,
-            static_shapes,
-        )
         with progress_bar() as tell:
-            found = jobs.optimized(job, tell).opt.diff().below(site)
+            found = jobs.optimized(capture, choice, data, tell).opt.diff().below(site)
         show(found, found.to_json(), as_json)
 
 
@@ -304,38 +233,20 @@ def diff(
         "rewriter kernels examples/tiny_lm -p shift_add --target sm_90",
     )
 )
+@o.expanded(passes="fuse,shift_add,vq_logits")
 def kernels(
-    model: o.Model,
-    passes: o.Passes = "fuse,shift_add,vq_logits",
+    choice: Choice,
+    capture: Capture,
+    data: Data,
     target: Annotated[
         str, typer.Option(metavar="NAME", help="cpu (timed here), or sm_80, sm_90, sm_100, gfx942 (compiled for).")
     ] = "cpu",
-    select: o.Select = None,
-    expect: o.Expect = None,
-    example_inputs: o.ExampleInputs = None,
-    static_shapes: o.Static = False,
-    dtype: o.Dtype = "float32",
-    calibration: o.Calibration = None,
-    calibration_rows: o.Rows = DEFAULT_ROWS,
-    seed: o.Seed = 0,
     as_json: o.AsJson = False,
 ) -> None:
     """Rewrite a model and list the code each site runs: which, why, its source, and the roofline of its work."""
     with refusing():
-        job = Job(
-            model,
-            passes,
-            example_inputs,
-            calibration,
-            calibration_rows,
-            loading.parse_pairs(select or [], "--select"),
-            loading.parse_counts(expect or []),
-            seed,
-            dtype,
-            static_shapes,
-        )
         with progress_bar() as tell:
-            opt = jobs.optimized(job, tell).opt
+            opt = jobs.optimized(capture, choice, data, tell).opt
             tell("kernels", 0, 1)
             found = implementations(opt.program, target)
         show(kernel_list.listing(found, target), [one.to_json() for one in found], as_json)
@@ -344,34 +255,15 @@ def kernels(
 @app.command(
     epilog=o.examples("rewriter verify examples/tiny_lm", "rewriter verify mypackage.models:build -p fuse:qkv=false")
 )
-def verify(
-    model: o.Model,
-    passes: o.Passes = "fuse",
-    select: o.Select = None,
-    expect: o.Expect = None,
-    example_inputs: o.ExampleInputs = None,
-    static_shapes: o.Static = False,
-    dtype: o.Dtype = "float32",
-    seed: o.Seed = 0,
-    as_json: o.AsJson = False,
-) -> None:
+@o.expanded(passes="fuse")
+def verify(choice: Choice, capture: Capture, as_json: o.AsJson = False) -> None:
     """Compare the original and the rewritten program by the golden run (float64, gradients included).
 
     Exit code 1 if they differ by more than rounding, as all passes do that are not EXACT.
     """
     with refusing():
-        job = Job(
-            model,
-            passes,
-            example_inputs,
-            select=loading.parse_pairs(select or [], "--select"),
-            expect=loading.parse_counts(expect or []),
-            seed=seed,
-            dtype=dtype,
-            static=static_shapes,
-        )
         with progress_bar() as tell:
-            verdict = jobs.verified(job, tell)
+            verdict = jobs.verified(capture, choice, tell)
         show(verdict, verdict.to_json(), as_json)
         if not verdict.passed:
             raise typer.Exit(1)
@@ -404,7 +296,8 @@ def export(
             if loading.is_saved(model):
                 source: Any = rewriter.load(model)
             else:
-                source = jobs.captured(Job(model, "", example_inputs, static=static_shapes, dtype=dtype), tell)[1]
+                capture = Capture(model=model, example_inputs=example_inputs, static_shapes=static_shapes, dtype=dtype)
+                source = jobs.captured(capture, tell)[1]
             tell("export", 0, 1)
             if onnx is not None:
                 found = exports.onnx(source, onnx, opset)

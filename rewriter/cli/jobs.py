@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rewriter
 from rewriter.cli import loading
+from rewriter.cli import options as o
 from rewriter.errors import ExportError
 from rewriter.layout import counted
 from rewriter.optimized import Optimized
@@ -22,34 +24,53 @@ from rewriter.reports import Measurement, Report
 from rewriter.verification import perturbed
 
 Tell = Callable[[str, int, int], None]
-DEFAULT_ROWS = 256  # of a calibration file: with rows of 256 tokens, 65 536 positions
 RUNS = 7  # of each side, in turn; medians are reported
 MAX_PARITY_ERROR = 1e-3  # of the largest output
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to rewrite, and how."""
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """Which model, and the call it is captured by. The fields are options of the commands (`options.expanded`)."""
 
-    model: str
-    passes: str
-    example_inputs: Path | None = None
-    calibration: Path | None = None
-    calibration_rows: int = DEFAULT_ROWS
-    select: Mapping[str, str | None] = field(default_factory=dict)
-    expect: Mapping[str, int] = field(default_factory=dict)
-    seed: int = 0
-    dtype: str = "float32"
-    static: bool = False
-    target: str | None = None
-    strict: bool = False
-    allow_untrained: bool = True
-    keep_original: bool = True
-    plan: rewriter.Plan | None = None
+    model: o.Model
+    example_inputs: o.ExampleInputs = None
+    static_shapes: o.Static = False
+    dtype: o.Dtype = "float32"
 
     @property
     def dynamic_shapes(self) -> str:
-        return "static" if self.static else "auto"
+        return "static" if self.static_shapes else "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What statistics are made of."""
+
+    calibration: o.Calibration = None
+    calibration_rows: o.Rows = 256  # with rows of 256 tokens, 65 536 positions
+
+    def load(self) -> Any:
+        """Batches, or saved statistics, or None. Raises LoadError."""
+        return loading.load_calibration(self.calibration, self.calibration_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which pass takes which site."""
+
+    passes: o.Passes
+    select: o.Select = None
+    expect: o.Expect = None
+    seed: o.Seed = 0
+
+    def parsed(self) -> dict[str, Any]:
+        """The arguments of :func:`rewriter.plan` and :func:`rewriter.optimize`. Raises PlanError."""
+        return {
+            "passes": loading.parse_passes(self.passes),
+            "select": loading.parse_pairs(self.select or [], "--select"),
+            "expect": loading.parse_counts(self.expect or []),
+            "seed": self.seed,
+        }
 
 
 @dataclass(frozen=True)
@@ -58,70 +79,57 @@ class Done:
 
     model: nn.Module
     opt: Optimized
-    report: Report
+
+    @property
+    def report(self) -> Report:
+        assert self.opt.report is not None  # noqa: S101 - optimize always makes one
+        return self.opt.report
 
 
-def captured(job: Job, tell: Tell) -> tuple[nn.Module, rewriter.Program]:
+def captured(capture: Capture, tell: Tell) -> tuple[nn.Module, rewriter.Program]:
     """The model and its program. Raises CaptureError, LoadError."""
-    example = loading.load_example(job.example_inputs)
-    tell("load", 0, 1)
-    model = loading.load_model(job.model, job.dtype)
+    model, how = _loaded(capture, tell)
     tell("capture", 0, 1)
-    return model, rewriter.capture(model, example_kwargs=example, dynamic_shapes=job.dynamic_shapes)
+    return model, rewriter.capture(model, **how)
 
 
-def planned(job: Job, tell: Tell) -> rewriter.Plan:
+def planned(capture: Capture, choice: Choice, data: Data, tell: Tell, *, allow_untrained: bool) -> rewriter.Plan:
     """Raises what :func:`rewriter.plan` raises."""
-    passes = loading.parse_passes(job.passes)
-    data = loading.load_calibration(job.calibration, job.calibration_rows)
-    _, program = captured(job, tell)
-    found = rewriter.calibrate(program, passes, data, tell) if isinstance(data, list) else data
+    asked, found = choice.parsed(), data.load()
+    _, program = captured(capture, tell)
+    if isinstance(found, list):
+        found = rewriter.calibrate(program, asked["passes"], found, tell)
     tell("plan", 0, 1)
-    return rewriter.plan(
-        program,
-        passes,
-        select=job.select,
-        expect=job.expect,
-        statistics=found,
-        seed=job.seed,
-        allow_untrained=job.allow_untrained,
-    )
+    return rewriter.plan(program, **asked, statistics=found, allow_untrained=allow_untrained)
 
 
-def optimized(job: Job, tell: Tell) -> Done:
-    """Load and rewrite. Raises what :func:`rewriter.optimize` raises."""
-    passes = loading.parse_passes(job.passes)
-    data = loading.load_calibration(job.calibration, job.calibration_rows)
-    example = loading.load_example(job.example_inputs)
-    tell("load", 0, 1)
-    model = loading.load_model(job.model, job.dtype)
-    if job.plan is not None:
-        opt = carry_out(model, job.plan, data, tell, example_kwargs=example, dynamic_shapes=job.dynamic_shapes)
-    else:
-        opt = rewriter.optimize(
-            model,
-            passes,
-            example_kwargs=example,
-            dynamic_shapes=job.dynamic_shapes,
-            select=job.select,
-            expect=job.expect,
-            calibration=data,
-            target=job.target,
-            strict=job.strict,
-            seed=job.seed,
-            allow_untrained=job.allow_untrained,
-            keep_original=job.keep_original,
-            progress=tell,
-        )
-    assert opt.report is not None  # noqa: S101 - optimize always makes one
-    return Done(model, opt, opt.report)
+def optimized(capture: Capture, choice: Choice, data: Data, tell: Tell, **options: Any) -> Done:
+    """Load and rewrite; ``options`` are more of :func:`rewriter.optimize`, which says what is raised."""
+    asked, found = choice.parsed(), data.load()
+    model, how = _loaded(capture, tell)
+    return Done(model, rewriter.optimize(model, **asked, **how, calibration=found, progress=tell, **options))
 
 
-def verified(job: Job, tell: Tell) -> rewriter.Verification:
+def applied(capture: Capture, plan: rewriter.Plan, data: Data, tell: Tell) -> Done:
+    """Load, and rewrite by a plan made before. Raises what `optimizing.carry_out` raises."""
+    found = data.load()
+    model, how = _loaded(capture, tell)
+    return Done(model, carry_out(model, plan, found, tell, **how))
+
+
+def verified(capture: Capture, choice: Choice, tell: Tell) -> rewriter.Verification:
     """The golden run on the example, with noise where it is floating: zeros would not see the weights."""
-    opt = optimized(job, tell).opt
+    opt = optimized(capture, choice, Data(), tell).opt
     tell("verify", 0, 1)
     return rewriter.verify(opt.original_program(), opt.program, perturbed(opt.program.example))
+
+
+def _loaded(capture: Capture, tell: Tell) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and how to capture it."""
+    example = loading.load_example(capture.example_inputs)
+    tell("load", 0, 1)
+    model = loading.load_model(capture.model, capture.dtype)
+    return model, {"example_kwargs": example, "dynamic_shapes": capture.dynamic_shapes}
 
 
 # --------------------------------------------------------------------------------------------------------- measures

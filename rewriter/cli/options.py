@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments and options the commands share, with their help; grouped into panels so that help stays readable."""
+"""The arguments and options the commands share, with their help; grouped into panels so that help stays readable.
+
+Options that go together are the fields of a dataclass; a command takes the dataclass, :func:`expanded` shows typer its fields.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -158,3 +166,49 @@ AsJson = Annotated[bool, typer.Option("--json", rich_help_panel=_OUT, help="Prin
 def examples(*lines: str) -> str:
     """An epilog: one example per line (an empty line between paragraphs is what keeps them apart)."""
     return "\n\n".join(["[bold]Examples[/]", *(f"  {line}" for line in lines)])
+
+
+def expanded(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take dataclasses of options: typer sees their fields, the command gets them made.
+
+    Args:
+        defaults: of fields, for this command, by name.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = typing.get_type_hints(command, include_extras=True)
+        parameters = inspect.signature(command).parameters.values()
+        groups = {p.name: hints[p.name] for p in parameters if dataclasses.is_dataclass(hints[p.name])}
+        shown = []
+        for parameter in parameters:
+            name = parameter.name
+            if name in groups:
+                shown += _fields(groups[name], defaults)
+            else:
+                shown.append(_keyword(name, hints[name], parameter.default))
+
+        @functools.wraps(command)
+        def call(**given: Any) -> None:
+            made = {
+                name: group(**{f.name: given.pop(f.name) for f in dataclasses.fields(group)})
+                for name, group in groups.items()
+            }
+            command(**made, **given)
+
+        call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in shown}
+        return call
+
+    return decorate
+
+
+def _fields(group: type, defaults: dict[str, object]) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    own = {f.name: f.default for f in dataclasses.fields(group) if f.default is not dataclasses.MISSING} | defaults
+    return [
+        _keyword(f.name, hints[f.name], own.get(f.name, inspect.Parameter.empty)) for f in dataclasses.fields(group)
+    ]
+
+
+def _keyword(name: str, annotation: Any, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
