@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from timing import Timing, bandwidth, interleaved, machine
 
+from rewriter.layout import duration
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 PAGE = ROOT / "docs" / "benchmarks_cpu.md"
@@ -124,7 +126,7 @@ HEADS = ("work", "threads", "against", "theirs", "ours", "ratio", "asked", "at t
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    unit = _bytes if "bytes" in row.name else _duration
+    unit = _bytes if "bytes" in row.name else duration
     return (
         f"{row.group}: {row.name}",
         str(row.threads),
@@ -136,13 +138,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         "–" if row.bound is None else f"{row.bound:.3g} ×",
         {None: "–", True: "yes", False: "**no**"}[row.holds],
     )
-
-
-def _duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
 
 
 def _bytes(count: float) -> str:

@@ -7,15 +7,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
-
-import rewriter
+from timing import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 LM = "examples/tiny_lm"
@@ -51,19 +48,6 @@ How to read it
 """
 
 
-def machine() -> str:
-    """Processor, cores, torch and package versions."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return (
-        f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, rewriter {rewriter.__version__}"
-    )
-
-
 def main() -> int:
     environment = os.environ | {"COLUMNS": "100", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
     start = time.perf_counter()
@@ -78,7 +62,7 @@ def main() -> int:
     if done.returncode:
         return done.returncode
     output = "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip()
-    page = PAGE.format(command=" ".join(COMMAND), machine=machine(), seconds=time.perf_counter() - start, output=output)
+    page = PAGE.format(command=" ".join(COMMAND), machine=machine("fx-rewriter"), seconds=time.perf_counter() - start, output=output)
     (ROOT / "docs" / "demo.md").write_text(page)
     sys.stdout.write(page)
     return 0

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,9 @@ import numpy as np
 from rich.console import Console
 from rivals import workload
 from rivals.worker import SIDES, Sample, Stopped, Worker
+from timing import machine
 
+from rewriter.layout import duration
 from rewriter.rendering import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,21 +66,6 @@ class Results:
     def seconds(self, task: str, nodes: int, side: str = OURS, edited: bool = False) -> float | None:
         cell = self.cell(task, nodes, side)
         return None if cell is None else cell.edited if edited else cell.seconds
-
-
-def machine() -> str:
-    """One line: processor, cores, versions, and how busy it was: contention for memory slows the sides unequally."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    busy = f"{os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})"
-    packages = [f"{name} {version(name)}" for name in ("torch", "onnxscript")]
-    return " · ".join(
-        [names[0] if names else platform.machine(), busy, f"Python {platform.python_version()}", *packages]
-    )
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -233,10 +217,6 @@ def _shown(results: Results, task: str, nodes: int, side: str, edited: bool) -> 
     return duration(taken) + (f" ({ratio:.3g} ×)" if ratio is not None and side != OURS else "")
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
 def verdict(target: Target) -> tuple[str, str, str, str]:
     value = "–" if target.value is None else f"{target.value:.3g} ×"
     return target.words, target.wanted, value, {True: "yes", False: "no", None: "not measured"}[target.holds]
@@ -342,7 +322,7 @@ def measured(sides: Sequence[str], sizes: Sequence[int], runs: int, console: Con
     workers = {side: Worker(side) for side in sides}
     try:
         check(workers, max(sizes))
-        return Results(machine(), tuple(sizes), tuple(measure(workers, sizes, runs, console)))
+        return Results(machine("onnxscript"), tuple(sizes), tuple(measure(workers, sizes, runs, console)))
     finally:
         for worker in workers.values():
             worker.close()

@@ -30,9 +30,11 @@ from rewriter.codegen.emit_expressions import (
     Unfit,
     expression_of,
     is_identity,
+    name_of,
 )
 from rewriter.facts import Facts, same_shape, same_size
 from rewriter.matcher import Match
+from rewriter.rules import module_path
 
 MOST = 32  # nodes on one side; what is longer is no epilogue any more
 
@@ -143,8 +145,12 @@ class Search:
 
     def _unfit(self, node: Node, inside: set[Node], anchor: Node) -> str | None:
         """Why a node cannot be computed tile by tile; None if it can."""
-        if node in self._taken or node.op == "output" or node.target not in EXPRESSIONS:
-            return f"{node.name} is not pointwise" if node not in self._taken else f"{node.name} is in another kernel"
+        if node.op == "output":
+            return "it is a result of the program"
+        if node in self._taken:
+            return f"{_called(node)} is in another kernel"
+        if node.target not in EXPRESSIONS:
+            return f"{_called(node)} is not pointwise"
         try:
             if not _shape(node) or not same_size(_shape(node)[-1], _shape(anchor)[-1]):
                 raise Unfit("it has other columns")
@@ -155,7 +161,7 @@ class Search:
                     _operand(operand, node)
             self._checked(node)
         except Unfit as reason:
-            return f"{node.name}: {reason}"
+            return f"{_called(node)}: {reason}"
         return None
 
     def _checked(self, node: Node) -> None:
@@ -173,9 +179,9 @@ class Search:
         """The operands of nodes from which only the root's value leaves; else why it is not so."""
         escaped = self.facts.escape((anchor, *inside), (root,))
         if escaped is not None:
-            return f"{escaped[0].name} is also needed by {escaped[1].name}"
+            return f"{_called(escaped[0])} is also needed by {_called(escaped[1])}"
         if _dtype(root) not in ELEMENTS:
-            return f"{root.name} is {_dtype(root)}"
+            return f"{_called(root)} is {_dtype(root)}"
         operands = _operands(inside, (anchor, *inside))
         if isinstance(operands, str):
             return operands
@@ -245,9 +251,9 @@ def _operands(nodes: tuple[Node, ...], inside: tuple[Node, ...]) -> tuple[Operan
         try:
             operand = _operand(value, node)
         except Unfit as reason:
-            return f"{node.name}: {reason}"
+            return f"{_called(node)}: {reason}"
         if found.setdefault(value, operand) != operand:
-            return f"{value.name} is read in two forms"
+            return f"{_called(value)} is read in two forms"
     return tuple(found.values())
 
 
@@ -261,13 +267,13 @@ def _reads(nodes: tuple[Node, ...], inside: tuple[Node, ...]) -> Iterator[tuple[
 def _operand(value: Node, reader: Node) -> Operand:
     """How a tensor lies over the rows and columns of its reader. Raises Unfit."""
     if _dtype(value) not in DTYPES:
-        raise Unfit(f"{value.name} is {_dtype(value)}")
+        raise Unfit(f"{_called(value)} is {_dtype(value)}")
     if value.meta["val"].device != reader.meta["val"].device and _shape(value) != ():
-        raise Unfit(f"{value.name} is on another device")
+        raise Unfit(f"{_called(value)} is on another device")
     shape, whole = _shape(value), _shape(reader)
     if reader.target in VIEWS:
         if not shape or not same_size(shape[-1], whole[-1]):
-            raise Unfit(f"{value.name} has other rows")
+            raise Unfit(f"{_called(value)} has other rows")
         return Operand(value, "tile")
     while shape and same_size(shape[0], 1) and not same_shape(shape, whole):
         shape = shape[1:]
@@ -281,7 +287,16 @@ def _operand(value: Node, reader: Node) -> Operand:
         return Operand(value, "tile", repeats)
     if same_size(shape[-1], 1) and same_shape(shape[:-1], tail[:-1]):
         return Operand(value, "row", repeats)
-    raise Unfit(f"{value.name} of shape {list(_shape(value))} lies neither over rows nor over columns")
+    raise Unfit(f"{_called(value)} of shape {list(_shape(value))} lies neither over rows nor over columns")
+
+
+def _called(node: Node) -> str:
+    """A node, for people: "add of layers.0.mlp"; a tensor or an input by its name."""
+    if node.op != "call_function":
+        return str(node.target) if node.op == "get_attr" else node.name
+    called = name_of(node) if str(node.target).count(".") == 2 else str(getattr(node.target, "__name__", node.name))
+    path = module_path(node)
+    return f"{called} of {path}" if path else called
 
 
 def _shape(node: Node) -> tuple[int | torch.SymInt, ...]:

@@ -11,25 +11,26 @@ where somebody could tell, and new nodes know where they come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
 from rewriter.codegen import emit_source, emit_templates
+from rewriter.codegen.calls import example_of, hinted
 from rewriter.codegen.emit_expressions import Unfit
 from rewriter.codegen.emit_regions import Region, Search
 from rewriter.kernels import cache
 from rewriter.kernels.emitted.loading import Emitted, load
 from rewriter.kernels.launching import Request, recorded
+from rewriter.kernels.spec import REGISTRY, Cost
 from rewriter.matcher import Match, Miss
 from rewriter.program import Program
 from rewriter.rewriting import rewrite
-from rewriter.rules import EXACT, Rule, module_path
+from rewriter.rules import EXACT, Rule, locate, module_path
 
 if TYPE_CHECKING:
     from rewriter.editing import Editor
@@ -50,6 +51,8 @@ class EmittedSite:
         emitted: the file, its module and the operator in the program.
         until: why the region ends where it does; "" where nothing stood behind it.
         values: descriptions of the operator's arguments: tensors and sizes, symbolic where the program's are.
+        cost: work of a call with the sizes of the example.
+        node: name of its node in the program.
     """
 
     path: str
@@ -58,20 +61,29 @@ class EmittedSite:
     formula: str
     kernels: tuple[str, ...]
     emitted: Emitted
-    until: str = ""
-    values: tuple[Any, ...] = ()
+    until: str
+    values: tuple[Any, ...]
+    cost: Cost
+    node: str
 
-    def requests(self, batch: int) -> list[Request]:
+    @property
+    def name(self) -> str:
+        """Of the operator, without namespace and overload."""
+        return self.operator.split(".")[1]
+
+    def requests(self, batch: int | None = None) -> list[Request]:
         """What a call would start, to be compiled ahead of time or costed; nothing runs.
 
         Args:
-            batch: stands for the first size that is only known when the program runs; any other counts 1.
+            batch: stands for the first size that is only known when the program runs; any other counts 1. Default: all
+                sizes are those of the example.
 
         Raises:
             Unsupported: the reference would run.
         """
+        known = hinted if batch is None else _sized(self.values, batch)
         with recorded() as requests:
-            self.emitted.module.run(*_concrete(self.values, batch))
+            self.emitted.module.run(*(example_of(value, "meta", known) for value in self.values))
         return requests
 
 
@@ -106,17 +118,11 @@ def emit(program: Program, *, folder: Path | None = None, dense: bool = False, e
     """
     known = emit_templates.templates()
     if not dense:
-        known = {op: template for op, template in known.items() if op in _rewritten()}
+        known = {op: template for op, template in known.items() if op in REGISTRY}
     rule = _Emit(known, cache.folder("emitted") if folder is None else folder, expensive)
     result = program.fork()
     rewrite(result, [rule])
-    return Emission(result, tuple(rule.sites), tuple(rule.misses.values()))
-
-
-def _rewritten() -> Mapping[Any, Any]:
-    from rewriter.kernels.spec import REGISTRY
-
-    return REGISTRY
+    return Emission(result, *rule.found(result))
 
 
 class _Emit(Rule):
@@ -131,17 +137,20 @@ class _Emit(Rule):
         self.sites: list[EmittedSite] = []
         self.misses: dict[tuple[str, str], Miss] = {}
         self._sources: dict[Node, emit_source.Source] = {}
+        self._given: dict[Node, tuple[Any, ...]] = {}
 
     def find(self, program: Program) -> tuple[Sequence[Match], Sequence[Miss]]:
         facts, matches = program.facts, []
         anchors = {operator: template.activations for operator, template in self.templates.items()}
         self._sources.clear()
+        self.misses.clear()  # of an earlier round
         for region in Search(facts, anchors, self.expensive).regions():
             path, reason = module_path(region.anchor), region.miss or "nothing around it can be fused"
             if region.fused:
                 try:
                     template = self.templates[region.anchor.target]
                     self._sources[region.root] = emit_source.write(facts, region, template)
+                    self._given[region.root] = tuple(facts.arguments(region.anchor).values())
                     matches.append(region.match())
                     continue
                 except Unfit as unfit:
@@ -158,29 +167,52 @@ class _Emit(Rule):
         path, operator = module_path(region.anchor), str(region.anchor.target)
         values = tuple(node.meta["val"] for node in source.arguments)
         names = tuple(str(node.target).removeprefix("aten.") for node in region.fused)
+        given = [value.meta["val"] if isinstance(value, Node) else value for value in self._given[match.root]]
+        cost, made = _cost(region.anchor.target, given, values), edit.call(emitted.operator, *source.arguments)
         self.sites.append(
-            EmittedSite(path, operator, names, source.formula, source.kernels, emitted, region.miss, values)
+            EmittedSite(
+                path, operator, names, source.formula, source.kernels, emitted, region.miss, values, cost, made.name
+            )
         )
-        return {match.root: edit.call(emitted.operator, *source.arguments)}
+        return {match.root: made}
+
+    def found(self, program: Program) -> tuple[tuple[EmittedSite, ...], tuple[Miss, ...]]:
+        """Sites that are in the finished program, and why its other operators are not."""
+        present = {node.name for node in program.graph.nodes}
+        refused = locate(self, program)  # regions whose replacement somebody could tell are still there
+        sites = tuple(site for site in self.sites if site.node in present)
+        reason = "fused, it could be told from the single nodes"
+        left = [Miss(RULE, site.address.path, "replacement", reason) for site in refused.sites]
+        return sites, (*self.misses.values(), *refused.misses, *left)
 
 
-def _concrete(values: Sequence[Any], batch: int) -> list[Any]:
-    """Tensors without data for descriptions with symbolic sizes."""
+def _sized(values: Sequence[Any], batch: int) -> Callable[[int | SymInt], int]:
+    """What stands for the sizes of some values: ``batch`` for the first symbol among them, 1 for the others."""
     sizes = [size for value in values for size in (value.shape if isinstance(value, Tensor) else (value,))]
     symbols = [
         symbol for size in sizes if isinstance(size, SymInt) for symbol in sorted(size.node.expr.free_symbols, key=str)
     ]
     first = dict.fromkeys(symbols, 1) | dict.fromkeys(symbols[:1], batch)
+    return lambda size: int(size.node.expr.subs(first)) if isinstance(size, SymInt) else size
 
-    def known(size: int | SymInt) -> int:
-        return int(size.node.expr.subs(first)) if isinstance(size, SymInt) else size
 
-    return [
-        torch.empty([known(size) for size in value.shape], dtype=value.dtype, device="meta")
-        if isinstance(value, Tensor)
-        else known(value)
-        for value in values
-    ]
+def _cost(operator: Any, given: Sequence[Any], values: Sequence[Any]) -> Cost:
+    """Work of an emitted call: the operator's on ``given``, and the bytes of what else is among ``values``.
+
+    What is pointwise counts nothing: it happens while the tile is in registers.
+    """
+    given, values = ([example_of(value, "meta") for value in held] for held in (given, values))
+    if operator in REGISTRY:
+        own = REGISTRY[operator].cost(*given)
+    else:  # aten.linear
+        x, weight, *_ = given
+        rows, (columns, features) = x.numel() // max(x.shape[-1], 1), weight.shape
+        own = Cost(2 * rows * columns * features, _bytes(given), rows * columns * x.element_size())
+    return own + Cost(0, max(_bytes(values) - _bytes(given), 0), 0)
+
+
+def _bytes(values: Sequence[Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
 def _written(folder: Path, source: emit_source.Source) -> Path:

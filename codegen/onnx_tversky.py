@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from rewriter.codegen.onnx_operator import ONNX_DTYPE, Operator, compute, symbolic
 from rewriter.kernels.tversky import reference
+from rewriter.kernels.tversky.arguments import Arguments
 
 _OPTIONAL = {3: "theta", 4: "alpha", 5: "beta", 6: "negative", 7: "bias"}
 _WIDE = "<to: int = @compute>"
@@ -97,27 +99,13 @@ def _rows(coefficient: str) -> list[str]:
     return [f"{wide} = Cast {_WIDE} ({coefficient})", f"{coefficient}_rows = Reshape ({wide}, column)"]
 
 
-def tversky(
-    x: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    theta: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    negative: Tensor | None,
-    bias: Tensor | None,
-    intersection: str,
-    convention: str,
-    difference: str,
-    form: str,
-    mirrored: bool,
-    projected: bool,
-) -> Tensor:
-    inputs = (x, features, prototypes, theta, alpha, beta, negative, bias)
-    if not reference.is_bilinear(intersection, difference, form):
-        return reference.tversky(*inputs, intersection, convention, difference, form, mirrored, projected)
-    attributes = {"compute": compute(x), "dtype": ONNX_DTYPE[x.dtype]}
-    return symbolic(_name(mirrored, projected), inputs, attributes, x.dtype, (*x.shape[:-1], prototypes.shape[0]))
+def tversky(*args: Any) -> Tensor:
+    a = Arguments(*args)
+    if not reference.is_bilinear(a.intersection, a.difference, a.form):
+        return reference.tversky(*args)
+    attributes = {"compute": compute(a.x), "dtype": ONNX_DTYPE[a.x.dtype]}
+    shape = (*a.x.shape[:-1], a.prototypes.shape[0])
+    return symbolic(_name(a.mirrored, a.projected), a.tensors, attributes, a.x.dtype, shape)
 
 
 OPERATORS = {

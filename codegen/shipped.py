@@ -37,9 +37,7 @@ def rows(case: Shipped, target: str) -> Iterator[Row]:
     """Compile all kernels of a case in all configurations a target has room for."""
     for request in case.requests():
         for config in request.choices(TARGETS[target].gpu.backend):
-            text = ", ".join(f"{name}={value}" for name, value in config.constants.items())
-            text += f"{', ' if text else ''}{config.num_warps} warps, {config.num_stages} stages"
-            yield Row(case.name, text, compile(request.start(config), target))
+            yield Row(case.name, config.text, compile(request.start(config), target))
 
 
 def faults(case: Shipped, target: str, found: list[Row]) -> list[str]:

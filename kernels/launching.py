@@ -37,6 +37,12 @@ class Config:
     num_stages: int = 2
     only: str | None = None
 
+    @property
+    def text(self) -> str:
+        """``BM=16, BN=64, 4 warps, 3 stages``."""
+        constants = [f"{name}={value}" for name, value in self.constants.items()]
+        return ", ".join([*constants, f"{self.num_warps} warps", f"{self.num_stages} stages"])
+
 
 @dataclass(frozen=True)
 class Request:

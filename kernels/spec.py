@@ -39,6 +39,28 @@ class Cost:
         )
 
 
+def tensor_bytes(*tensors: Tensor | None) -> int:
+    """Bytes the tensors that are there take as they are."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """How an operator over a sequence goes on from what earlier tokens left behind.
+
+    Attributes:
+        before: names of the arguments that take it; all None at the start of a sequence, or zeros.
+        after: positions among the results of what the next call takes, in the same order.
+        keep: name of the argument that says which new tokens are real and not padding; None where all are.
+        switch: name of the bool argument that asks for those results; None where they always come.
+    """
+
+    before: tuple[str, ...]
+    after: tuple[int, ...]
+    keep: str = "keep"
+    switch: str | None = None
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """Everything torch needs to know about one operator.
@@ -61,6 +83,10 @@ class KernelSpec:
             arguments it does not do: then the reference runs.
         decomposition: what compilers and exporters inline, tested equal to the reference. Needed only where the
             reference cannot be traced with dynamic sizes (a loop over chunks of the sequence); default: the reference.
+        recurrence: how it goes on token by token; None where it does not.
+        composite: what runs in place of all that, made of other registered operators, where what is computed depends on
+            whether gradients are asked for: an operator itself runs below autograd and cannot see that. The spec's
+            other entries then serve reports and exporters, and gradients are those of the parts.
     """
 
     name: str
@@ -74,9 +100,24 @@ class KernelSpec:
     autocast: tuple[str, ...] = ()
     implementations: Mapping[str, str] = field(default_factory=dict)
     decomposition: Callable[..., Any] | None = None
+    recurrence: Recurrence | None = None
+    composite: Callable[..., Any] | None = None
 
     def register(self) -> OpOverload:
         """Define the operator with torch (once per process) and return its overload."""
+        if self.composite is None:
+            self._define()
+        else:
+            _LIBRARY.define(self.name + self.schema, tags=torch.Tag.pt2_compliant_tag)
+            # Batching has a key of its own, as it has for aten's composite operators.
+            for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+                _LIBRARY.impl(self.name, self.composite, key)
+        overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        _register_autocast(overload, self.autocast)
+        REGISTRY[overload] = self
+        return overload
+
+    def _define(self) -> None:
         op = torch.library.custom_op(f"{NAMESPACE}::{self.name}", self.reference, mutates_args=(), schema=self.schema)
         op.register_fake(self.fake)
         if self.backward is not None:
@@ -85,10 +126,6 @@ class KernelSpec:
             op.register_vmap(self.vmap)
         for device in self.implementations:
             op.register_kernel(device)(partial(self._run, device))
-        overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        _register_autocast(overload, self.autocast)
-        REGISTRY[overload] = self
-        return overload
 
     def implementation(self, device: str) -> Callable[..., Any]:
         """The faster code for a device.
@@ -99,6 +136,10 @@ class KernelSpec:
         if device not in self.implementations:
             raise Unsupported(f"{self.name} has no implementation for {device}")
         return _function(self.implementations[device])
+
+    def on(self, device: str) -> Callable[..., Any]:
+        """What the operator runs on a device, without the dispatcher: no gradients, no autocast, no tracing."""
+        return partial(self._run, device) if device in self.implementations else self.reference
 
     def _run(self, device: str, *args: Any) -> Any:
         try:

@@ -9,17 +9,24 @@ The model runs as its own class (:meth:`rewriter.Optimized.to_module`) with a ca
 rewritten attention keeps a state of constant size; it is any module with ``advance`` and ``state`` (see `Stateful`)
 below an attention module that says its ``layer_idx``. Attentions that are still softmax keep all keys and values, as
 transformers does: memory then grows with every token, at these layers only.
+
+Where all attentions have states, single tokens do without the class: they run as straight code from the rewritten
+graph (`rewriter.stepping`), with the same states and the same logits up to rounding.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from rewriter.errors import PlanError
+from rewriter.errors import LegalityError, PlanError
 from rewriter.optimized import Optimized
+from rewriter.stepping import Steps
+
+_log = logging.getLogger("rewriter")
 
 
 @runtime_checkable
@@ -49,6 +56,8 @@ class DecodeState:
 
     Attributes:
         length: tokens seen so far, padding included.
+        by_class: why single tokens run through the model's class; "" where they do not. Known from the first step on,
+            which captures their graph: as long as capturing the model took, once per model.
 
     Raises:
         PlanError: there is no class to go back to, or it takes no cache.
@@ -63,8 +72,14 @@ class DecodeState:
                 "Call the operators' own states, or decode with the whole sequence each time"
             )
         self._module = module
-        self._stateful = dict(_stateful(module))
+        found = _stateful(module)
+        self._stateful = {index: child for _, index, child in found}
         self._layers = int(layers)
+        self._steps: Steps | None = None
+        self.by_class = "a module was given, which has no graph"
+        if isinstance(model, Optimized):
+            self.by_class = "" if self.constant else "some attentions keep all keys and values"
+            self._steps = Steps(model, {path: index for path, index, _ in found}) if self.constant else None
         self.reset()
 
     @property
@@ -114,11 +129,28 @@ class DecodeState:
     def step(self, tokens: Tensor) -> Tensor:
         """Logits ``[batch, V]`` after one more token of each sequence, int64 ``[batch]`` or ``[batch, 1]``."""
         ids = tokens.reshape(-1, 1)
+        if (logits := self._straight(ids)) is not None:
+            return logits[:, -1]
         mask = None
         if self._mask is not None and not self.constant:  # layers with all keys must know which are padding
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids), 1)], dim=1)
             mask = self._mask
         return self._run(ids, mask)[:, -1]
+
+    def _straight(self, ids: Tensor) -> Tensor | None:
+        """Logits ``[batch, 1, V]`` by straight code; None where it cannot be, or there is no state to go on from."""
+        if self._steps is None or not self.length or torch.is_autocast_enabled(ids.device.type):
+            return None
+        try:
+            logits, self._states = self._steps.run(ids, self.length, self._states)
+        except (PlanError, LegalityError) as reason:
+            self._steps, self.by_class = None, str(reason)
+            _log.info("single tokens are decoded by the model's class: %s", reason)
+            return None
+        for layer in self._cache.layers:
+            layer.count += 1
+        self.length += 1
+        return logits
 
     def _run(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         for index, core in self._stateful.items():
@@ -134,11 +166,11 @@ class DecodeState:
         return logits
 
 
-def _stateful(module: nn.Module) -> list[tuple[int, Stateful]]:
-    """(layer index, module with a state) of every rewritten attention."""
+def _stateful(module: nn.Module) -> list[tuple[str, int, Stateful]]:
+    """(path, layer index, module with a state) of every rewritten attention."""
     return [
-        (int(cast(Any, owner).layer_idx), child)
-        for owner in module.modules()
+        (path, int(cast(Any, owner).layer_idx), child)
+        for path, owner in module.named_modules()
         if getattr(owner, "layer_idx", None) is not None
         for child in owner.children()
         if isinstance(child, Stateful)

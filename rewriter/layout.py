@@ -127,3 +127,11 @@ def _range(numbers: set[int]) -> str:
 def times(count: int) -> str:
     """``×4``; nothing for one."""
     return f"×{count}" if count > 1 else ""
+
+
+def duration(seconds: float) -> str:
+    """Three digits and the unit they are read best in."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"

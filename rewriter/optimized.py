@@ -7,7 +7,7 @@ import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,19 @@ from rewriter.skeleton import Skeleton
 from rewriter.structure import call_text, flatten, key, rebuild
 
 if TYPE_CHECKING:
+    from rewriter.codegen.lowering import Lowered
     from rewriter.planner import Plan
     from rewriter.reports import Report
 
 Key = tuple[Any, ...]
+TARGETS = (None, "cpu", "cuda", "hip")
+
+
+def known_target(target: Any) -> str | None:
+    """``target``, if it is one a model can be lowered for. Raises PlanError."""
+    if target not in TARGETS:
+        raise PlanError(f"target must be one of {', '.join(map(repr, TARGETS))}, not {target!r}")
+    return cast(str | None, target)
 
 
 class Optimized(nn.Module):
@@ -39,10 +48,13 @@ class Optimized(nn.Module):
         plan: the decisions (:class:`rewriter.Plan`).
         report: what was done, and what it costs.
         program: the rewritten program of the example call.
+        lowered: the same as it runs: on a GPU with kernels emitted for its sites.
+        target: where it is to run: "cpu", "cuda" or "hip"; None: where its parameters are.
     """
 
     plan: Plan
     report: Report | None
+    target: str | None
 
     def __init__(
         self,
@@ -54,16 +66,19 @@ class Optimized(nn.Module):
         names: tuple[str, ...] = (),
         optional: frozenset[str] = frozenset(),
         original_bytes: int = 0,
+        target: str | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
         self.report = None
+        self.target = target
         self.original_bytes = original_bytes
         self._skeleton = skeleton
         self._originals = originals
         self._names = names
         self._optional = optional
         self._programs: dict[Key, Program] = {}
+        self._lowered: dict[Key, Lowered] = {}
         self._bases: dict[Key, Program] = {}
         self._lock = threading.RLock()
         self._adopt(base.root)
@@ -77,9 +92,8 @@ class Optimized(nn.Module):
         args, kwargs = inputs.by_name(self._names, self._optional, args, kwargs)
         flat: list[Tensor] = []
         template = flatten((args, kwargs), flat)
-        program = self._programs.get(self._key(template, flat))
-        if program is None:
-            program = self._capture(args, kwargs, template, flat)
+        lowered = self._lowered.get(self._key(template, flat))
+        program = self._capture(args, kwargs, template, flat) if lowered is None else lowered.program
         return rebuild(program.result, program.graph_module(*flat))
 
     def _key(self, template: dict[str, Any], flat: list[Tensor]) -> Key:
@@ -91,12 +105,13 @@ class Optimized(nn.Module):
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             raise CaptureError("a key/value cache cannot leave a captured graph; call opt.to_module(), which caches")
         with self._lock:
-            found = self._programs.get(self._key(template, flat))
-            if found is not None:
-                return found
-            if self._skeleton is None:
-                return self._programs[self._add(self._recast(template, flat))]
-            return self._programs[self._add(capture_skeleton(self._skeleton, self, args, kwargs))]
+            known = self._key(template, flat)
+            if known not in self._lowered:
+                if self._skeleton is None:
+                    known = self._add(self._recast(template, flat))
+                else:
+                    known = self._add(capture_skeleton(self._skeleton, self, args, kwargs))
+            return self._lowered[known].program
 
     def _recast(self, template: dict[str, Any], flat: list[Tensor]) -> Program:
         """With no model to capture from: the same call of an ExportedProgram in other dtypes. Raises CaptureError."""
@@ -120,7 +135,15 @@ class Optimized(nn.Module):
         rewritten = replay(base.fork(self, compile=False), self.plan)
         self._bases[new] = base
         self._programs[new] = rewritten
+        self._lower(new)
         return new
+
+    def _lower(self, known: Key) -> None:
+        """Make what runs of a rewritten program. Raises PlanError."""
+        from rewriter.codegen.lowering import lower
+
+        device = self.target or next((tensor.device.type for _, tensor in store.tensors(self)), "cpu")
+        self._lowered[known] = lower(self._programs[known], device)
 
     # -------------------------------------------------------------------------------------------- module state
 
@@ -196,6 +219,7 @@ class Optimized(nn.Module):
         other.__dict__.update(
             plan=self.plan,
             report=self.report,
+            target=self.target,
             original_bytes=self.original_bytes,
             _skeleton=copy.deepcopy(self._skeleton),
             _originals=None if self._originals is None else dict(self._originals),
@@ -209,6 +233,7 @@ class Optimized(nn.Module):
         with self._lock:
             other._bases = {k: p.fork(other) for k, p in self._bases.items()}
             other._programs = {k: p.fork(other) for k, p in self._programs.items()}
+            other._lowered = {k: low.moved(other._programs[k], other) for k, low in self._lowered.items()}
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,6 +251,10 @@ class Optimized(nn.Module):
     @property
     def program(self) -> Program:
         return self._programs[self._first]
+
+    @property
+    def lowered(self) -> Lowered:
+        return self._lowered[self._first]
 
     @property
     def original(self) -> Program:

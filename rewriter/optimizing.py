@@ -16,14 +16,12 @@ from rewriter.applying import Progress, rewrite
 from rewriter.calibration import Statistics, calibrate, wanted
 from rewriter.capturing import capture_skeleton, example_call, from_exported, share_tensors
 from rewriter.errors import PlanError, UntrainedWarning
-from rewriter.optimized import Optimized
+from rewriter.optimized import Optimized, known_target
 from rewriter.program import Program
 from rewriter.reports import Report
 from rewriter.rules import Pass
 from rewriter.sizes import model_bytes
 from rewriter.skeleton import Skeleton, check, unwrap
-
-_TARGETS = (None, "cpu", "cuda", "hip", "mlir")
 
 
 @store.outside_inference_mode
@@ -56,8 +54,9 @@ def optimize(
         expect: ``{"shift_add": 12}``: any other number of sites is an error that prints the nearest misses.
         calibration: iterable of inputs (tensors, tuples or dicts as the model takes them), or :class:`Statistics`.
         seed: every random draw is a function of it, the site and the rule; the global generator is left alone.
-        target: where it will run, ``"cpu"``, ``"cuda"`` or ``"hip"``; default: the model's device. It decides what `strict`
-            looks at; operators choose their code by the device they are called on.
+        target: where it will run, ``"cpu"``, ``"cuda"`` or ``"hip"``; default: where the model's parameters are. For a
+            GPU, kernels are emitted that fuse what stands around the operators (docs/codegen.md); on tensors of another
+            device the same operators run unfused. The report lists the code of every site.
         strict: refuse sites that would run their aten reference there, with the reason for each.
         keep_original: False frees replaced tensors; then :meth:`Optimized.undo` refuses.
         progress: called with (what, done, total) while working.
@@ -81,9 +80,9 @@ def optimize(
         seed=seed,
         allow_untrained=allow_untrained,
     )
-    opt = _finish(captured, plan, statistics, keep_original, tell)
-    if strict:
-        _refuse_fallbacks(opt, target)
+    opt = _finish(captured, plan, statistics, keep_original, tell, target)
+    if strict and opt.report is not None:
+        _refuse_fallbacks(opt.report)
     return opt
 
 
@@ -111,7 +110,12 @@ def carry_out(
 
 
 def _finish(
-    captured: _Captured, plan: planner.Plan, statistics: Statistics | None, keep_original: bool, tell: Progress
+    captured: _Captured,
+    plan: planner.Plan,
+    statistics: Statistics | None,
+    keep_original: bool,
+    tell: Progress,
+    target: str | None = None,
 ) -> Optimized:
     before = model_bytes(captured.base.root)
     application = rewrite(captured.base.fork(compile=False), plan, statistics, tell)
@@ -123,7 +127,9 @@ def _finish(
         names=captured.names,
         optional=captured.optional,
         original_bytes=before,
+        target=target,
     )
+    tell("lower", 0, 1)
     opt.report = Report.of(opt, application, statistics)
     for rule in dict.fromkeys(result.rule for result in application.results if result.contract == "LEARNED"):
         warnings.warn(
@@ -136,25 +142,21 @@ def _finish(
 
 
 def _check_arguments(budget: Any, recover: Any, target: str | None, strict: bool, calibration: Any) -> None:
-    if target not in _TARGETS:
-        raise PlanError(f"target must be one of {', '.join(map(repr, _TARGETS))}, not {target!r}")
     if target == "mlir":
         raise PlanError("target='mlir': a rewritten model runs in PyTorch; call export_mlir on it for MLIR")
+    known_target(target)
     for name, value in (("budget", budget), ("recover", recover)):
         if value is not None:
             without = "" if calibration is not None else " and needs data (calibration=)"
             raise PlanError(f"{name}= is not in this version{without}; choose settings by hand and read the report")
 
 
-def _refuse_fallbacks(opt: Optimized, target: str | None) -> None:
-    from rewriter.codegen.implementations import fallbacks
-
-    device = target or next((t.device.type for t in opt.parameters()), "cpu")
-    lines = fallbacks(opt.program, "cpu" if device == "cpu" else "cuda")
+def _refuse_fallbacks(report: Report) -> None:
+    lines = [f"{one.site or 'root'}: {one.operator}: {one.why}" for one in report.code if one.code == "reference"]
     if lines:
         listed = "\n  ".join(lines)
         raise PlanError(
-            f"strict=True: {len(lines)} sites would run their aten reference on {device}:\n  {listed}\n"
+            f"strict=True: {len(lines)} sites would run their aten reference on {report.device}:\n  {listed}\n"
             "choose other settings there, leave them out by select=, or leave strict at False"
         )
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rewriter.figures import Figure
     from rewriter.matcher import Miss
     from rewriter.planner import Plan
-    from rewriter.reports import Measurement, Report
+    from rewriter.reports import Measurement, Report, SiteCode
     from rewriter.verification import Verification
 
 _TWIN = "_dense"  # the same figure of what the site was, named so in the JSON
@@ -67,6 +67,8 @@ def report(report: Report) -> RenderableType:
     parts: list[RenderableType] = [heading(f"{report.model}: {counted(len(report.sites), 'rewritten site')}"), Text()]
     parts += _sites(report.sites)
     parts += [misses(report.misses), _sizes(report)]
+    if report.code:
+        parts += [heading(f"runs on {report.device}"), *code(report.code)]
     if report.measurements:
         parts.append(_measurements(report.measurements))
     if not report.calibrated and any(s.contract.startswith("CALIBRATED") for s in report.sites):
@@ -171,6 +173,53 @@ def settings(values: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------------------ code
+
+_CODE_STYLE = {"reference": "yellow"}
+
+
+def code(found: Sequence[SiteCode]) -> Iterator[RenderableType]:
+    """What runs where, sites that run the same in one row; then why, where that was asked."""
+    rows = table("sites", "operator", "code")
+    alike: dict[tuple[str, ...], list[SiteCode]] = {}
+    for one in found:
+        alike.setdefault((one.operator, one.code, one.source, *one.fused), []).append(one)
+    for members in alike.values():
+        add(rows, Group(*code_sites(members)), code_operator(members[0]), code_source(members[0]))
+    yield rows
+    yield from code_reasons(found)
+
+
+def code_sites(members: Sequence[SiteCode]) -> Iterator[RenderableType]:
+    for path, count in spans(one.site or "<root>" for one in members):
+        yield Flowing(f"{path} {times(count)}".strip(), after=".{ ")
+
+
+def code_operator(one: SiteCode) -> RenderableType:
+    """``bcq_linear + gelu + add``, without overloads."""
+    return Flowing(" + ".join([one.operator, *(name.partition(".")[0] for name in one.fused)]), after=" _")
+
+
+def code_source(one: SiteCode) -> RenderableType:
+    return Group(
+        Text(one.code, _CODE_STYLE.get(one.code, "green")), Flowing(one.source, after="/_ ", indent=0, style="dim")
+    )
+
+
+def code_reasons(found: Iterable[SiteCode]) -> Iterator[RenderableType]:
+    """Why sites run their reference, and why no more is fused into others."""
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for one in found:
+        if one.why:
+            what = "runs its reference" if one.code == "reference" else "fuses no more"
+            why = re.sub(r"\.\d+(?=\.|:| |$)", ".*", one.why)  # of equal layers
+            grouped.setdefault((one.operator, what, why), []).append(one.site or "<root>")
+    for (operator, what, why), sites in grouped.items():
+        where = ", ".join(f"{path} {times(count)}".strip() for path, count in spans(sites))
+        style = "yellow" if what == "runs its reference" else "dim"
+        yield Flowing(f"{operator} {what}: {why} ({where})", after=" .{", style=style)
 
 
 # ---------------------------------------------------------------------------------------------------------- misses

@@ -34,6 +34,27 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class SiteCode:
+    """The code that runs at a site.
+
+    Attributes:
+        site: path of the module it stands for.
+        operator: without namespace.
+        code: "emitted" (a kernel made for this site), "Triton", "native" (C++) or "reference" (aten).
+        source: its file, from the package on; of an emitted one from the cache folder on.
+        fused: neighbouring operators computed in the same kernel, in order.
+        why: of the reference, why nothing faster runs; of a kernel, why no more is fused into it, where that was tried.
+    """
+
+    site: str
+    operator: str
+    code: str
+    source: str
+    fused: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What ``optimize`` did. Prints as a table with rich, or as data with :meth:`to_json`.
 
@@ -45,6 +66,8 @@ class Report:
         calibrated: whether statistics were used.
         notes: what capturing found or switched.
         measurements: figures added by whoever evaluated the result (the CLI does), by name.
+        device: where it is to run: "cpu", "cuda", "hip".
+        code: what runs there at each site of the example's program, in graph order.
     """
 
     model: str
@@ -55,6 +78,8 @@ class Report:
     calibrated: bool
     notes: tuple[str, ...] = ()
     measurements: Mapping[str, Measurement] = field(default_factory=dict)
+    device: str = "cpu"
+    code: tuple[SiteCode, ...] = ()
 
     @classmethod
     def of(cls, opt: Optimized, application: Application, statistics: Statistics | None) -> Report:
@@ -67,6 +92,8 @@ class Report:
             bytes_after=model_bytes(opt),
             calibrated=statistics is not None,
             notes=opt.original.notes,
+            device=opt.lowered.device,
+            code=opt.lowered.code(),
         )
 
     def with_measurements(self, measurements: Mapping[str, Measurement]) -> Report:
@@ -99,6 +126,8 @@ class Report:
                 }
                 for m in self.misses
             ],
+            "device": self.device,
+            "code": [dataclasses.asdict(one) for one in self.code],
             "measurements": {name: dataclasses.asdict(m) for name, m in self.measurements.items()},
         }
 

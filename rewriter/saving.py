@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from rewriter import inputs, storage, store
 from rewriter.errors import ExportError, LoadError, PlanError
 from rewriter.graphio import graph_from_json, graph_to_json
-from rewriter.optimized import Optimized
+from rewriter.optimized import Optimized, known_target
 from rewriter.planner import Plan
 from rewriter.program import Program
 from rewriter.skeleton import Skeleton, check, unwrap
@@ -58,6 +58,7 @@ def save(opt: Optimized, path: Path) -> None:
             "first": list(present).index(opt._first) if opt._first in present else 0,
             "original_bytes": opt.original_bytes,
             "training": opt.training,
+            "target": opt.target,
             "report": opt.report.to_json() if opt.report is not None else None,
         },
     )
@@ -80,6 +81,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Optimized:
         extra = stored.extra
         names, optional = tuple(map(str, extra["names"])), frozenset(map(str, extra["optional"]))
         first, training, original_bytes = int(extra["first"]), bool(extra["training"]), int(extra["original_bytes"])
+        target = known_target(extra.get("target"))  # older files have none
     except (KeyError, TypeError, ValueError, PlanError) as error:
         raise LoadError(f"{path}: plan.json or the manifest is not what this version writes: {error}") from error
     opt = Optimized.__new__(Optimized)
@@ -88,6 +90,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Optimized:
     opt.__dict__.update(
         plan=plan,
         report=None,
+        target=target,
         original_bytes=original_bytes,
         _skeleton=None,
         _originals=None,
@@ -95,6 +98,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Optimized:
         _optional=optional,
         _lock=threading.RLock(),
         _programs={},
+        _lowered={},
         _bases={},
     )
     nn.Module.train(opt, training)
@@ -105,6 +109,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> Optimized:
     if not 0 <= first < len(opt._programs):
         raise LoadError(f"{path}: the manifest names program {first} of {len(opt._programs)}")
     opt._first = list(opt._programs)[first]
+    for key in opt._programs:
+        opt._lower(key)
     if model is not None:
         _attach(opt, model)
     opt._refresh()
@@ -232,6 +238,7 @@ def pack(opt: Optimized) -> dict[str, Any]:
         "first": opt._first,
         "plan": opt.plan,
         "report": opt.report,
+        "target": opt.target,
         "original_bytes": opt.original_bytes,
         "skeleton": opt._skeleton,
         "classes": tuple({c for p in opt._programs.values() for c in classes_of(p.result).values()}),
@@ -250,12 +257,14 @@ def unpack(opt: Optimized, state: Mapping[str, Any]) -> None:
     opt.__dict__.update(
         plan=state["plan"],
         report=state["report"],
+        target=state["target"],
         original_bytes=state["original_bytes"],
         _skeleton=state["skeleton"],
         _originals=state["originals"],
         _names=state["names"],
         _optional=state["optional"],
         _lock=threading.RLock(),
+        _lowered={},
         _first=state["first"],
     )
     nn.Module.train(opt, state["training"])
@@ -268,4 +277,6 @@ def unpack(opt: Optimized, state: Mapping[str, Any]) -> None:
             program.example, program.notes, program.aliases = example, notes, aliases
             found[key] = program
         opt.__dict__[f"_{kind}"] = found
+    for key in opt._programs:
+        opt._lower(key)
     opt._refresh()

@@ -153,9 +153,12 @@ def _rebuild(opt: Optimized, plan: Plan, root: nn.Module, undone: Sequence[SiteR
         names=opt._names,
         optional=opt._optional,
         original_bytes=opt.original_bytes,
+        target=opt.target,
     )
     addresses = {r.address for r in undone}
     assert opt.report is not None  # noqa: S101 - checked by undo
     sites = tuple(r for r in opt.report.sites if r.address not in addresses)
-    new.report = dataclasses.replace(opt.report, sites=sites, bytes_after=model_bytes(new), measurements={})
+    new.report = dataclasses.replace(
+        opt.report, sites=sites, bytes_after=model_bytes(new), measurements={}, code=new.lowered.code()
+    )
     return new

@@ -6,7 +6,8 @@ them. Here a chunk of classes meets `ROWS` positions at a time; the maximum and 
 
     m' = max(m, max_i l_i)          s' = s exp(m − m') + Σ_i exp(l_i − m')          log Z = m + log s
 
-Running the way back costs a product more than eager code, which keeps the logits: four instead of three.
+Running the way back costs a product more than eager code, which keeps the logits: four instead of three. Where the losses
+are summed, `summed` needs three as well.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ def linear_cross_entropy_backward(
             through.mul_(slope)
         narrow = through.to(x.dtype)
         if to_x is not None:
-            _add_product(to_x[rows], narrow, weight[part].to(x.dtype))
+            add_product(to_x[rows], narrow, weight[part].to(x.dtype))
         if to_weight is not None:
-            _add_product(to_weight[part], narrow.t(), flat[rows])
+            add_product(to_weight[part], narrow.t(), flat[rows])
         if to_bias is not None:
             to_bias[part] += through.sum(0)
     return (
@@ -139,7 +140,7 @@ def _finite(maximum: Tensor) -> Tensor:
     return torch.where(maximum.isinf(), 0.0, maximum)
 
 
-def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     """total += first @ second, of 16-bit factors too, whose product is rounded once."""
     if first.dtype is total.dtype:
         total.addmm_(first, second)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rewriter.kernels.cross_entropy.reference import Targets, chunks
+from rewriter.kernels.cross_entropy.reference import Targets, chunks, linear_cross_entropy
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+Summed = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def gradients(
@@ -67,6 +68,36 @@ def gradients(
         x.new_empty(0) if bias is None or not to_bias else torch.cat(to_bias).to(bias.dtype),
         x.new_empty(0) if class_weight is None or not to_class else torch.cat(to_class).to(class_weight.dtype),
     )
+
+
+def linear_cross_entropy_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    chunk: int,
+    needed: Sequence[bool],
+) -> Summed:
+    """The loss summed, and its gradients with respect to x, weight and bias, in plain aten.
+
+    Args: as `reference.linear_cross_entropy`, and
+        needed: which of the three gradients are asked for; an empty tensor stands for one that is not.
+
+    Returns:
+        Σ loss ``[]`` and the gradients in the shapes of x, weight and bias, all in float32 at least: they are yet to be
+        multiplied by what the sum receives, and rounded once then.
+    """
+    args = (x, weight, bias, target, class_weight)
+    options = (ignore_index, label_smoothing, softcap, chunk)
+    losses, log_z = linear_cross_entropy(*args, *options)
+    ones, zeros = torch.ones_like(losses), torch.zeros_like(losses)
+    found = gradients(ones, zeros, *args, log_z, *options, [*needed, False])
+    to_x, to_weight, to_bias = (g.to(losses.dtype, copy=True) for g in found[:3])
+    return losses.sum(), to_x, to_weight, to_bias
 
 
 def _to_class_weights(

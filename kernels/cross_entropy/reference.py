@@ -80,6 +80,45 @@ def linear_cross_entropy(
     return torch.where(which.counted, loss, 0.0).contiguous(), log_z.contiguous()
 
 
+def linear_cross_entropy_reduced(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    reduction: str,
+    chunk: int,
+) -> Tensor:
+    """`linear_cross_entropy` as ``F.cross_entropy`` reduces it, ``[]`` in float32 at least.
+
+    Args: as there, and
+        reduction: ``"sum"``, or ``"mean"``: the sum over the weights m_y of all positions that are not ignored.
+    """
+    check_reduction(reduction)
+    losses, _ = linear_cross_entropy(
+        x, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap, chunk
+    )
+    return reduced(losses.sum(), target, class_weight, ignore_index, reduction)
+
+
+def reduced(total: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
+    """The sum of all losses as the reduction wants it."""
+    if reduction == "sum":
+        return total
+    # Σ loss / Σ m_y; NaN where nothing is counted, and then without a gradient, as torch has it
+    counted = target != ignore_index
+    if class_weight is not None:
+        own = F.embedding(torch.where(counted, target, 0), class_weight.to(total.dtype).unsqueeze(-1)).squeeze(-1)
+        number = torch.where(counted, own, 0.0).sum()
+    else:
+        number = counted.sum()
+    nothing = number == 0
+    return torch.where(nothing, torch.nan, total / torch.where(nothing, 1, number))
+
+
 def chunks(
     x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, chunk: int
 ) -> Iterator[tuple[int, Tensor]]:
@@ -127,6 +166,10 @@ class Targets:
         """l_y ``[...]`` where the class is in this chunk of logits, else 0."""
         inside, local = self.place(logits, start)
         return torch.where(inside, logits.gather(-1, local), 0.0).squeeze(-1)
+
+
+def check_reduction(reduction: str) -> None:
+    torch._check(reduction in ("mean", "sum"), lambda: f"reduction must be 'mean' or 'sum', not {reduction!r}")
 
 
 def check(

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from rewriter.kernels.linear_attention import additive, checks, layout
 from rewriter.kernels.linear_attention.transforms import backward_of, batched_by
-from rewriter.kernels.spec import Cost, KernelSpec
+from rewriter.kernels.spec import Cost, KernelSpec, Recurrence
 
 NORMALISE = ("sum", "none")
 
@@ -139,4 +139,5 @@ linear_attention: OpOverload = KernelSpec(
     backward=_backward,
     vmap=batched_by(lambda: linear_attention, frozenset({0, 1, 2, 4, 5, 6}), decay=3),
     cost=_additive_cost,
+    recurrence=Recurrence(("state", "normaliser"), (1, 2)),
 ).register()

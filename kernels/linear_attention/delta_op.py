@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from rewriter.kernels.linear_attention import checks, delta, layout
 from rewriter.kernels.linear_attention.transforms import backward_of, batched_by
-from rewriter.kernels.spec import Cost, KernelSpec
+from rewriter.kernels.spec import Cost, KernelSpec, Recurrence
 
 
 def _check(
@@ -109,4 +109,5 @@ delta_attention: OpOverload = KernelSpec(
     vmap=batched_by(lambda: delta_attention, frozenset({0, 1, 2, 3, 5, 6}), decay=4),
     cost=_cost,
     autocast=("q", "k", "v"),
+    recurrence=Recurrence(("state",), (1,)),
 ).register()

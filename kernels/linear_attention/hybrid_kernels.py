@@ -38,9 +38,28 @@ def softmax_step(acc, total, top, scores, v, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def best_of(scores, keys):
+    """The last of the keys whose score is the largest of its row."""
+    return tl.max(tl.where(scores == tl.max(scores, 1)[:, None], keys[None, :], -1), 1)
+
+
+@triton.jit
+def pair_masks(rows, valid, own, keys, real, rank, window, sinks, TERRACE: tl.constexpr, SINKS: tl.constexpr):
+    """Distances ``[queries, keys]``, and which pairs are in the window and which before it."""
+    distance = rows[:, None] - keys[None, :]
+    visible = (distance >= 0) & real[None, :] & valid[:, None]
+    near = distance < window
+    if SINKS:
+        visible = visible & (rank >= sinks)[None, :]
+    if TERRACE:
+        near = (rank // window)[None, :] >= (own // window)[:, None] - 1
+    return distance, visible & near, visible & (near == 0)
+
+
+@triton.jit
 def hybrid_kernel(  # noqa: C901 - a branch for each option
     q_ptr, k_ptr, v_ptr, q_map_ptr, k_map_ptr, gate_ptr, map_scale_ptr, decay_ptr, keep_ptr, rank_ptr,
-    sink_k_ptr, sink_v_ptr, sink_keep_ptr, states_ptr, zs_ptr, out_ptr,
+    sink_k_ptr, sink_v_ptr, sink_keep_ptr, states_ptr, zs_ptr, out_ptr, top_ptr, total_ptr, best_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, q_map_b, q_map_h, q_map_t, k_map_b, k_map_h, k_map_t,
     sink_k_b, sink_k_h, sink_k_t, sink_v_b, sink_v_h, sink_v_t, keep_b, rank_b, sink_keep_b,
     heads, group, length, offset, reach, window, sinks, chunks, width, features, values,
@@ -49,7 +68,11 @@ def hybrid_kernel(  # noqa: C901 - a branch for each option
     BT: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs ``[B, H, T, Dv]``. Grid: (B · H, chunks of queries, tiles of Dv); BD ≥ D."""
+    """Outputs ``[B, H, T, Dv]``. Grid: (B · H, chunks of queries, tiles of Dv); BD ≥ D.
+
+    Of each query, for the gradient, if ``top_ptr`` is given (``[B, H, T]``): c, the sum of weights, and with
+    ``best_ptr`` the row of the key with the largest score, sinks counted on after the last row.
+    """
     row, batch, query = place(tl.program_id(0), heads * group)
     n, head = tl.program_id(1), query // group
     columns, at = tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, BD)
@@ -59,12 +82,14 @@ def hybrid_kernel(  # noqa: C901 - a branch for each option
     k_ptr += batch * k_b + (head // k_share).to(tl.int64) * k_h
     v_ptr += batch * v_b + (head // v_share).to(tl.int64) * v_h
     q = tile(q_ptr, q_t, rows, valid, at, width)
+    own = rows
     if TERRACE or SINKS:
         own = tl.load(rank_ptr + batch * rank_b + offset + rows, mask=valid, other=0)
 
     soft = tl.zeros([BT, BV], tl.float32)
     soft_sum = tl.zeros([BT], tl.float32)
     top = tl.full([BT], -float("inf"), tl.float32)
+    best = tl.full([BT], -1, tl.int32)
     linear = tl.zeros([BT, BV], tl.float32)
     mass = tl.zeros([BT], tl.float32)
     if MAPS:
@@ -90,18 +115,16 @@ def hybrid_kernel(  # noqa: C901 - a branch for each option
     for begin in range(0, reach + BT, BK):
         keys = first + begin + tl.arange(0, BK)
         real = real_rows(keep_ptr, batch * keep_b, keys, offset + length)
-        distance = (rows + offset)[:, None] - keys[None, :]
-        visible = (distance >= 0) & real[None, :]
-        near = distance < window
+        rank = keys
         if TERRACE or SINKS:
             rank = tl.load(rank_ptr + batch * rank_b + keys, mask=real, other=0)
-            visible = visible & (rank >= sinks)[None, :]
-        if TERRACE:
-            near = (rank // window)[None, :] >= (own // window)[:, None] - 1
+        distance, near, far = pair_masks(rows + offset, valid, own, keys, real, rank, window, sinks, TERRACE, SINKS)
         k = tile(k_ptr, k_t, keys, real, at, width).to(q.dtype)
         v = tile(v_ptr, v_t, keys, real, columns, values).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        scores = tl.where(visible & near, scores, -float("inf"))
+        scores = tl.where(near, scores, -float("inf"))
+        if best_ptr is not None:
+            best = tl.where(tl.max(scores, 1) > top, best_of(scores, keys), best)
         soft, soft_sum, top = softmax_step(soft, soft_sum, top, scores, v, PRECISION)
         if MAPS:
             weights = tl.zeros([BT, BK], tl.float32)
@@ -112,7 +135,7 @@ def hybrid_kernel(  # noqa: C901 - a branch for each option
                 weights += tl.dot(mapped, tl.trans(k_mapped), input_precision=PRECISION)
             if decay_ptr is not None:
                 weights *= tl.exp(decay * tl.maximum(distance, 0))
-            weights = tl.where(visible & (near == 0), weights, 0.0)
+            weights = tl.where(far, weights, 0.0)
             power = power_of(weights, v, 1)
             weights = (weights / power).to(v.dtype)
             mass += tl.sum(weights.to(tl.float32) * power, 1)
@@ -127,6 +150,8 @@ def hybrid_kernel(  # noqa: C901 - a branch for each option
             v = tile(sink_v_ptr, sink_v_t, number, real, columns, values).to(q.dtype)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             scores = tl.where((own[:, None] >= number[None, :]) & real[None, :], scores, -float("inf"))
+            if best_ptr is not None:
+                best = tl.where(tl.max(scores, 1) > top, best_of(scores, offset + length + number), best)
             soft, soft_sum, top = softmax_step(soft, soft_sum, top, scores, v, PRECISION)
 
     gate = tl.load(gate_ptr + query).to(tl.float32)
@@ -146,6 +171,15 @@ def hybrid_kernel(  # noqa: C901 - a branch for each option
             linear *= anchor[:, None]
             mass *= anchor
     total = gate * soft_sum + mass
+    if top_ptr is not None:
+        base = tl.where(top == -float("inf"), 0.0, top)
+        if MAPS and ABSOLUTE:
+            base = ceiling
+        first_tile = valid & (tl.program_id(2) == 0)
+        tl.store(top_ptr + row * length + rows, base, mask=first_tile)
+        tl.store(total_ptr + row * length + rows, total, mask=first_tile)
+        if best_ptr is not None:
+            tl.store(best_ptr + row * length + rows, best, mask=first_tile)
     acc = (gate * soft + linear) / tl.where(total == 0.0, 1.0, total)[:, None]
     inside = valid[:, None] & (columns < values)[None, :]
     # hook: epilogue(acc, rows, columns, inside)

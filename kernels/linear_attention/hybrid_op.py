@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from rewriter.kernels.linear_attention import checks, hybrid, layout
 from rewriter.kernels.linear_attention.sequence import Inputs, Past, Setting, state_heads
 from rewriter.kernels.linear_attention.transforms import backward_of, batched_by
-from rewriter.kernels.spec import Cost, KernelSpec
+from rewriter.kernels.spec import Cost, KernelSpec, Recurrence
 
 BLOCKS = ("sliding", "terrace")
 ANCHORS = ("max", "none")
@@ -132,7 +132,13 @@ _SCHEMA = (
     " Tensor? normaliser, float scale, int window, str block, int sinks, str anchor, bool with_state, int chunk)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_setup, _backward = backward_of("hybrid_attention", _SCHEMA, _reference, _cost)
+_setup, _backward = backward_of(
+    "hybrid_attention",
+    _SCHEMA,
+    _reference,
+    _cost,
+    {"cuda": "rewriter.kernels.linear_attention.launch:hybrid_attention_backward"},
+)
 hybrid_attention: OpOverload = KernelSpec(
     name="hybrid_attention",
     schema=_SCHEMA,
@@ -148,4 +154,9 @@ hybrid_attention: OpOverload = KernelSpec(
     vmap=batched_by(lambda: hybrid_attention, frozenset({0, 1, 2, 3, 4, *range(8, 16)}), decay=7),
     cost=_cost,
     autocast=("q", "k", "v"),
+    recurrence=Recurrence(
+        ("past_k", "past_v", "past_map", "past_keep", "seen", "state", "normaliser"),
+        (1, 2, 3, 4, 5, 6, 7),
+        switch="with_state",
+    ),
 ).register()

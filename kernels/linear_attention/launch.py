@@ -11,7 +11,16 @@ from rewriter.kernels.linear_attention.launch_delta import SHIPPED as DELTA
 from rewriter.kernels.linear_attention.launch_delta import forward as delta_attention
 from rewriter.kernels.linear_attention.launch_hybrid import SHIPPED as HYBRID
 from rewriter.kernels.linear_attention.launch_hybrid import forward as hybrid_attention
+from rewriter.kernels.linear_attention.launch_hybrid_backward import SHIPPED as HYBRID_BACKWARD
+from rewriter.kernels.linear_attention.launch_hybrid_backward import backward as hybrid_attention_backward
 
-__all__ = ["SHIPPED", "delta_attention", "hybrid_attention", "linear_attention", "linear_attention_backward"]
+__all__ = [
+    "SHIPPED",
+    "delta_attention",
+    "hybrid_attention",
+    "hybrid_attention_backward",
+    "linear_attention",
+    "linear_attention_backward",
+]
 
-SHIPPED = (*ADDITIVE, *ADDITIVE_BACKWARD, *DELTA, *HYBRID)
+SHIPPED = (*ADDITIVE, *ADDITIVE_BACKWARD, *DELTA, *HYBRID, *HYBRID_BACKWARD)

@@ -2,14 +2,14 @@
 """`hybrid_attention` on a GPU: the states before every chunk's windows, then one sweep over each chunk's window.
 
 Without a past and without sinks keys and values are read where they are; otherwise past and new tokens are joined first,
-as the reference does. Features are multiplied in bfloat16 where q is bfloat16, else in float32. The gradient runs the
-reference.
+as the reference does. Features are multiplied in bfloat16 where q is bfloat16, else in float32. The
+gradient is in `launch_hybrid_backward`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
 from rewriter.kernels.linear_attention import hybrid_kernels, kernels
-from rewriter.kernels.linear_attention.launch_common import block, dense, keep_arguments, operands, pointer
+from rewriter.kernels.linear_attention.launch_common import block, dense, keep_arguments, only, operands, pointer
 from rewriter.kernels.linear_attention.sequence import (
     Inputs,
     Past,
@@ -31,6 +31,7 @@ from rewriter.kernels.linear_attention.sequence import (
 
 WIDEST_HEAD = 128
 CHUNK, CHUNK_FLOAT32 = 64, 32
+WITH_STATE = 21  # the position of the argument
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -53,6 +54,19 @@ def forward(*arguments: Any) -> Outputs:
     Raises:
         Unsupported: float64, empty tensors, or heads wider than 128.
     """
+    call = prepared(*arguments)
+    x, keys = call.x, call.keys
+    states, zs, last, last_z = call.states()
+    out = x.q.new_empty((*x.q.shape[:3], x.v.shape[3]))
+    call.outputs(states, zs, out)
+    if not arguments[WITH_STATE] or keys.whole is None:
+        after = nothing(x, call.past)
+        return out, after.k, after.v, after.mapped, after.keep, after.seen, after.state, after.normaliser
+    return out, *_left_behind(x, keys.whole, call.past), last, last_z
+
+
+def prepared(*arguments: Any) -> Call:
+    """Check and prepare the operator's arguments; see `forward`."""
     x, caches, options = Inputs(*arguments[:9]), arguments[9:16], arguments[16:]
     past = None if caches[0] is None else Past(*caches)
     setting, with_state, chunk = Setting(*options[:5]), options[5], options[6]
@@ -63,13 +77,7 @@ def forward(*arguments: Any) -> Outputs:
         operands(x.q_map, x.k_map)
     keys = _keys(x, k, past, setting, with_state)
     size = block(min(chunk, x.q.shape[2]), CHUNK if q.dtype is not torch.float32 else CHUNK_FLOAT32)
-    call = _Call(x, q, keys, past, setting, size)
-    states, zs, last, last_z = call.states()
-    out = call.outputs(states, zs)
-    if not with_state or keys.whole is None:
-        after = nothing(x, past)
-        return out, after.k, after.v, after.mapped, after.keep, after.seen, after.state, after.normaliser
-    return out, *_left_behind(x, keys.whole, past), last, last_z
+    return Call(x, q, keys, past, setting, size)
 
 
 def _keys(x: Inputs, k: Tensor, past: Past | None, setting: Setting, with_state: bool) -> Keys:
@@ -99,7 +107,7 @@ def _left_behind(x: Inputs, whole: Sequence, past: Past | None) -> tuple[Tensor,
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     x: Inputs
     q: Tensor
     keys: Keys
@@ -160,33 +168,40 @@ class _Call:
         )
         return states, zs, last, last_z
 
-    def outputs(self, states: Tensor, zs: Tensor) -> Tensor:
+    def outputs(self, states: Tensor, zs: Tensor, out: Tensor, **numbers: Tensor | None) -> None:
+        """Outputs from the states before the windows; ``numbers`` of each query, for the gradient, where given."""
+        constants = {
+            "MAPS": states.shape[3] > 0, "TERRACE": self.setting.block == "terrace", "SINKS": self.setting.sinks > 0,
+            "ABSOLUTE": self.setting.anchor == "none", "BT": self.size, "BD": block(self.q.shape[3], WIDEST_HEAD),
+            "PRECISION": precision(self.q.dtype),
+        }  # fmt: skip
+        none = dict.fromkeys(("top_ptr", "total_ptr", "best_ptr"))
+        rows, values = self.q.shape[0] * self.q.shape[1], self.x.v.shape[3]
+        launch(
+            hybrid_kernels.hybrid_kernel,
+            lambda c: (rows, self.chunks, triton.cdiv(values, c["BV"])),
+            {**only(self.arguments, hybrid_kernels.hybrid_kernel), **none, **numbers,
+             "states_ptr": states, "zs_ptr": zs, "out_ptr": out},
+            constants,
+            [self._config(states.shape[3], values)],
+        )  # fmt: skip
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Of the kernels that read queries and keys, by name."""
         x, keys, setting = self.x, self.keys, self.setting
-        (batch, query_heads, length, width), values, count = self.q.shape, x.v.shape[3], states.shape[3]
-        out = x.q.new_empty((batch, query_heads, length, values))
-        arguments = {
+        (batch, query_heads, length, width), values = self.q.shape, x.v.shape[3]
+        return {
             **pointer("q", self.q), **pointer("k", keys.k), **pointer("v", dense(keys.v)), **self._mapped(),
             **self._sinks(), **keep_arguments(keys.keep),
             "rank_ptr": keys.rank, "rank_b": 0 if keys.rank is None else keys.rank.stride(0),
-            "gate_ptr": x.gate.contiguous(), "states_ptr": states, "zs_ptr": zs, "out_ptr": out,
+            "gate_ptr": x.gate.contiguous(), "batches": batch,
             "heads": self.heads, "group": query_heads // self.heads, "length": length, "offset": keys.offset,
             "reach": setting.reach, "window": setting.window, "sinks": setting.sinks, "chunks": self.chunks,
-            "width": width, "features": count, "values": values, "scale": setting.scale,
+            "width": width, "features": 0 if keys.mapped is None else keys.mapped.shape[3], "values": values,
+            "scale": setting.scale,
             "k_share": self.heads // keys.k.shape[1], "v_share": self.heads // keys.v.shape[1],
         }  # fmt: skip
-        constants = {
-            "MAPS": count > 0, "TERRACE": setting.block == "terrace", "SINKS": setting.sinks > 0,
-            "ABSOLUTE": setting.anchor == "none", "BT": self.size, "BD": block(width, WIDEST_HEAD),
-            "PRECISION": precision(self.q.dtype),
-        }  # fmt: skip
-        launch(
-            hybrid_kernels.hybrid_kernel,
-            lambda c: (batch * query_heads, self.chunks, triton.cdiv(values, c["BV"])),
-            arguments,
-            constants,
-            [self._config(count, values)],
-        )
-        return out
 
     def _mapped(self) -> dict[str, Any]:
         """Features and what belongs to them; without any, pointers that are not followed."""
@@ -224,7 +239,7 @@ class _Call:
         return Config(sizes, num_warps=8, num_stages=1 if wide else 2)
 
 
-def _example(
+def example(
     dtype: torch.dtype, length: int = 4096, past: bool = False, kind: str = "sliding", sinks: int = 0
 ) -> tuple[Any, ...]:
     """A call of a model with 32 heads of 64 and 8 of keys, window 64 and 128 features, on the meta device."""
@@ -250,8 +265,8 @@ def _example(
 
 
 SHIPPED = (
-    Shipped("hybrid_attention bf16", forward, partial(_example, torch.bfloat16)),
-    Shipped("hybrid_attention fp32", forward, partial(_example, torch.float32), matrix="none"),
-    Shipped("hybrid_attention terrace sinks bf16", forward, partial(_example, torch.bfloat16, kind="terrace", sinks=4)),
-    Shipped("hybrid_attention step bf16", forward, partial(_example, torch.bfloat16, 1, True), matrix="mma"),
+    Shipped("hybrid_attention bf16", forward, partial(example, torch.bfloat16)),
+    Shipped("hybrid_attention fp32", forward, partial(example, torch.float32), matrix="none"),
+    Shipped("hybrid_attention terrace sinks bf16", forward, partial(example, torch.bfloat16, kind="terrace", sinks=4)),
+    Shipped("hybrid_attention step bf16", forward, partial(example, torch.bfloat16, 1, True), matrix="mma"),
 )

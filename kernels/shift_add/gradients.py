@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from rewriter.kernels.shift_add import codec, reference
-from rewriter.kernels.shift_add.shared import linear_cost, size, weight_gradient
-from rewriter.kernels.spec import REGISTRY, Cost, KernelSpec
+from rewriter.kernels.shift_add.shared import linear_cost, weight_gradient
+from rewriter.kernels.spec import REGISTRY, Cost, KernelSpec, tensor_bytes
 
 
 def compute(operator: OpOverload, grad: Tensor, *args: Any) -> Tensor:
@@ -61,7 +61,7 @@ def _x_cost(grad: Tensor, codes: Tensor, scale: Tensor, *args: Any) -> Cost:
     """The dense layer's work, the other way round."""
     out, in_features = codes.shape[0], args[-1]
     count = grad.numel() // grad.shape[-1]
-    read = size(grad, codes, scale, *(a for a in args if isinstance(a, Tensor)))
+    read = tensor_bytes(grad, codes, scale, *(a for a in args if isinstance(a, Tensor)))
     return Cost(2 * count * out * in_features + out * in_features, read, count * in_features * grad.element_size())
 
 
@@ -110,12 +110,12 @@ def _scale_cost(grad: Tensor, x: Tensor, codes: Tensor, scale: Tensor, *args: An
     folds = codes.shape[1] if codes.dim() == 3 else 1
     tables = [a for a in args if isinstance(a, Tensor)]
     whole = linear_cost(x, out, 2 * folds * out * in_features, grad, codes, scale, *tables)
-    return Cost(whole.flops, whole.bytes_read, size(scale))
+    return Cost(whole.flops, whole.bytes_read, tensor_bytes(scale))
 
 
 def _levels_cost(grad: Tensor, x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, *args: Any) -> Cost:
     whole = _scale_cost(grad, x, codes, scale, levels, *args)
-    return Cost(whole.flops, whole.bytes_read, size(levels))
+    return Cost(whole.flops, whole.bytes_read, tensor_bytes(levels))
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

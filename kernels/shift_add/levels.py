@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
+from rewriter.kernels.batching import leading
 from rewriter.kernels.shift_add import codec, gradients, reference
 from rewriter.kernels.shift_add.shared import (
     Gradients,
-    batching_rule,
     bias_gradient,
     embedding_cost,
     linear_cost,
@@ -117,7 +117,7 @@ level_linear: OpOverload = KernelSpec(
     fake=_linear_fake,
     setup_context=_save_linear,
     backward=_linear_backward,
-    vmap=batching_rule(lambda: level_linear),
+    vmap=leading(lambda: level_linear),
     cost=_linear_cost,
     autocast=("x",),
     implementations={
@@ -133,7 +133,7 @@ level_embedding: OpOverload = KernelSpec(
     fake=_embedding_fake,
     setup_context=_save_embedding,
     backward=_embedding_backward,
-    vmap=batching_rule(lambda: level_embedding),
+    vmap=leading(lambda: level_embedding),
     cost=_embedding_cost,
     implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:level_embedding"},
 ).register()

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
+from rewriter.kernels.batching import leading
 from rewriter.kernels.shift_add import gradients, reference
 from rewriter.kernels.shift_add.levels import level_embedding as level_embedding
 from rewriter.kernels.shift_add.levels import level_linear as level_linear
 from rewriter.kernels.shift_add.shared import (
     Gradients,
-    batching_rule,
     bias_gradient,
     embedding_cost,
     linear_cost,
@@ -187,7 +187,7 @@ bcq_linear: OpOverload = KernelSpec(
     fake=_bcq_linear_fake,
     setup_context=_save_bcq_linear,
     backward=_bcq_linear_backward,
-    vmap=batching_rule(lambda: bcq_linear),
+    vmap=leading(lambda: bcq_linear),
     cost=_bcq_linear_cost,
     autocast=("x",),
     implementations={
@@ -203,7 +203,7 @@ bcq_embedding: OpOverload = KernelSpec(
     fake=_bcq_embedding_fake,
     setup_context=_save_bcq_embedding,
     backward=_bcq_embedding_backward,
-    vmap=batching_rule(lambda: bcq_embedding),
+    vmap=leading(lambda: bcq_embedding),
     cost=_bcq_embedding_cost,
     implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:bcq_embedding"},
 ).register()
@@ -218,7 +218,7 @@ pot_linear: OpOverload = KernelSpec(
     fake=_pot_linear_fake,
     setup_context=_save_pot_linear,
     backward=_pot_linear_backward,
-    vmap=batching_rule(lambda: pot_linear),
+    vmap=leading(lambda: pot_linear),
     cost=_pot_linear_cost,
     autocast=("x",),
     implementations={
@@ -234,7 +234,7 @@ pot_embedding: OpOverload = KernelSpec(
     fake=_pot_embedding_fake,
     setup_context=_save_pot_embedding,
     backward=_pot_embedding_backward,
-    vmap=batching_rule(lambda: pot_embedding),
+    vmap=leading(lambda: pot_embedding),
     cost=_pot_embedding_cost,
     implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:pot_embedding"},
 ).register()

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ShiftAdd operators share: gradients of dense layers and lookups, the batching rule, the cost of decoding."""
+"""What the ShiftAdd operators share: gradients of dense layers and lookups, the cost of decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from rewriter.kernels.shift_add import codec
-from rewriter.kernels.spec import Cost
+from rewriter.kernels.spec import Cost, tensor_bytes
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -40,37 +38,15 @@ def scatter_rows(per_row: Tensor, flat: Tensor, scale: Tensor) -> Tensor:
     return total.index_add(0, flat, per_row).to(scale.dtype)
 
 
-def batching_rule(overload: Callable[[], OpOverload]) -> Callable[..., tuple[Tensor, int]]:
-    """A batched first argument is more leading dimensions; anything else batched is one call per example."""
-
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
-        if in_dims[0] is not None and all(d is None for d in in_dims[1:]):
-            return overload()(args[0].movedim(in_dims[0], 0), *args[1:]), 0
-        if info.batch_size == 0:
-            raise NotImplementedError("shift_add: vmap over codes, scales or bias needs at least one example")
-        examples = [
-            [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-            for i in range(info.batch_size)
-        ]
-        return torch.stack([overload()(*example) for example in examples]), 0
-
-    return rule
-
-
-def size(*tensors: Tensor | None) -> int:
-    """Bytes of the tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
 def linear_cost(x: Tensor, out_features: int, decode_flops: int, *read: Tensor | None) -> Cost:
     """Work of one dense layer plus the decoding of its weight; bytes as packed."""
     tokens = x.numel() // x.shape[-1]
     flops = 2 * tokens * out_features * x.shape[-1] + decode_flops
-    return Cost(flops, size(x, *read), tokens * out_features * x.element_size())
+    return Cost(flops, tensor_bytes(x, *read), tokens * out_features * x.element_size())
 
 
 def embedding_cost(ids: Tensor, flops_per_weight: int, in_features: int, scale: Tensor, *tables: Tensor | None) -> Cost:
     """Only the rows asked for are read."""
     rows = scale.shape[0]
-    read = size(ids) + ids.numel() * (size(scale, *tables) // rows if rows else 0)
+    read = tensor_bytes(ids) + ids.numel() * (tensor_bytes(scale, *tables) // rows if rows else 0)
     return Cost(flops_per_weight * ids.numel() * in_features, read, ids.numel() * in_features * scale.element_size())

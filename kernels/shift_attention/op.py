@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from rewriter.kernels.batching import one_call_each
 from rewriter.kernels.shift_attention import reference
-from rewriter.kernels.spec import Cost, KernelSpec
+from rewriter.kernels.spec import Cost, KernelSpec, tensor_bytes
 
 SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? gain, Tensor? conv) -> Tensor"
 
@@ -21,15 +21,11 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, gain: Tensor | N
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
     """Examples of one batch do not see each other, so a batched q, k, v, keep is a larger batch."""
     activations, parameters = range(4), range(4, 6)
     if any(in_dims[i] is not None for i in parameters):
-        calls = (
-            [a if d is None else a.select(d, n) for a, d in zip(args, in_dims, strict=True)]
-            for n in range(info.batch_size)
-        )
-        return torch.stack([additive_attention(*example) for example in calls]), 0
+        return one_call_each(additive_attention, info.batch_size, in_dims, args)
     flat = list(args)
     for i in activations:
         if args[i] is not None:
@@ -43,8 +39,7 @@ def _cost(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, gain: Tensor | N
     """Additions where a bit is set, half of them on average; linear in the number of tokens."""
     tokens, dim, width = q.numel() // q.shape[-1], q.shape[-1], v.shape[-1]
     additions = 2 * tokens * dim * width // 2 + tokens * width * (4 + (0 if conv is None else 2 * conv.shape[1]))
-    read = sum(t.numel() * t.element_size() for t in (q, k, v, keep, gain, conv) if t is not None)
-    return Cost(additions, read, tokens * width * q.element_size())
+    return Cost(additions, tensor_bytes(q, k, v, keep, gain, conv), tokens * width * q.element_size())
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -77,8 +72,8 @@ def _gradient_cost(
 ) -> Cost:
     """Two sums over tokens and four products with their results, where the forward has one of each."""
     forward = _cost(q, k, v, keep, gain, conv)
-    written = sum(t.numel() * t.element_size() for t in (q, k, v, gain, conv) if t is not None)
-    return Cost(3 * forward.flops, forward.bytes_read + grad.numel() * grad.element_size(), written)
+    written = tensor_bytes(q, k, v, gain, conv)
+    return Cost(3 * forward.flops, forward.bytes_read + tensor_bytes(grad), written)
 
 
 additive_attention_backward: OpOverload = KernelSpec(

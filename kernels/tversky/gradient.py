@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rewriter.kernels.tversky.arguments import Arguments
 from rewriter.kernels.tversky.reference import Model, compute_dtype, empty, gate, parts, root, scores
 
 Pair = tuple[Tensor, Tensor]
@@ -63,48 +65,35 @@ def branch(model: Model, z: Tensor, b: Tensor, grad: Tensor) -> Gradients:
     return Gradients(u * gate(z), v * gate(b), theta, alpha, beta)
 
 
-def gradients(
-    grad: Tensor,
-    x: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    theta: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    negative: Tensor | None,
-    bias: Tensor | None,
-    intersection: str,
-    convention: str,
-    difference: str,
-    form: str,
-    mirrored: bool,
-    projected: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of the eight tensors in their dtypes; empty for one that is not given or not used (θ in a ratio)."""
-    dtype = compute_dtype(x)
+def gradients(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of the eight tensors in their dtypes; empty for one that is not given or not used (θ in a ratio).
+
+    Args:
+        grad: ``[..., P]``.
+        args: `Arguments`.
+    """
+    a = Arguments(*args)
+    dtype = compute_dtype(a.x)
     wide = grad.to(dtype)
-    z, b = scores(x, features, prototypes, mirrored, projected, dtype)
-    model = Model.of((theta, alpha, beta), (intersection, convention, difference, form), dtype)
-    found, to_negative = with_negative(model, z, b, None if negative is None else negative.to(dtype), wide)
-    to_z, to_b = (_unmirror(found.z), _unmirror(found.b)) if mirrored else (found.z, found.b)
-    bank, flat = features.to(dtype), to_z.reshape(-1, to_z.shape[-1])
-    to_bank = flat.t() @ x.to(dtype).reshape(-1, x.shape[-1])
-    if projected:
+    z, b = scores(a.x, a.features, a.prototypes, a.mirrored, a.projected, dtype)
+    model = Model.of(a.coefficients, a.names, dtype)
+    found, to_negative = with_negative(model, z, b, None if a.negative is None else a.negative.to(dtype), wide)
+    to_z, to_b = (_unmirror(found.z), _unmirror(found.b)) if a.mirrored else (found.z, found.b)
+    bank, flat = a.features.to(dtype), to_z.reshape(-1, to_z.shape[-1])
+    to_bank = flat.t() @ a.x.to(dtype).reshape(-1, a.x.shape[-1])
+    if a.projected:
         to_prototypes = to_b
     else:
-        to_bank = to_bank + to_b.t() @ prototypes.to(dtype)
+        to_bank = to_bank + to_b.t() @ a.prototypes.to(dtype)
         to_prototypes = to_b @ bank
-    none = x.new_empty(0)
+    none = a.x.new_empty(0)
     return (
-        (to_z @ bank).to(x.dtype),
-        to_bank.to(features.dtype),
-        to_prototypes.to(prototypes.dtype),
-        *(
-            none if t is None else t
-            for t in map(_coefficient, (found.theta, found.alpha, found.beta), (theta, alpha, beta))
-        ),
-        none if negative is None or to_negative is None else to_negative.to(negative.dtype),
-        none if bias is None else wide.reshape(-1, wide.shape[-1]).sum(0).to(bias.dtype),
+        (to_z @ bank).to(a.x.dtype),
+        to_bank.to(a.features.dtype),
+        to_prototypes.to(a.prototypes.dtype),
+        *(none if t is None else t for t in map(_coefficient, (found.theta, found.alpha, found.beta), a.coefficients)),
+        none if a.negative is None or to_negative is None else to_negative.to(a.negative.dtype),
+        none if a.bias is None else wide.reshape(-1, wide.shape[-1]).sum(0).to(a.bias.dtype),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
 from rewriter.kernels.tversky import gradient_kernels, kernels, reference
+from rewriter.kernels.tversky.arguments import Arguments
 
 _PRODUCT = (Config({"BM": 64, "BN": 64, "BK": 32}, 4, 3), Config({"BM": 128, "BN": 128, "BK": 32}, 8, 3, only="cuda"))
 _SUMS = (Config({"BM": 64, "BN": 32, "BK": 32}, 8, 2),)  # several tiles of sums live at once
@@ -30,93 +31,59 @@ _ROWS = 64  # rows per program of `slopes`, which sums over them
 _PROGRAMS = 256  # programs to aim at where a long sum can be dealt out
 
 
-def tversky(
-    x: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    theta: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    negative: Tensor | None,
-    bias: Tensor | None,
-    intersection: str,
-    convention: str,
-    difference: str,
-    form: str,
-    mirrored: bool,
-    projected: bool,
-) -> Tensor:
-    """As the reference."""
-    reference.check(x, features, prototypes, theta, alpha, beta, negative, bias, projected)
-    reference.check_names(intersection, convention, difference, form)
-    _refuse(x, features, prototypes)
-    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    z, b = _scores(flat, features, prototypes, mirrored, projected)
-    out = x.new_empty((*x.shape[:-1], prototypes.shape[0]))
-    given = {"z_ptr": z, "b_ptr": b, **_coefficients(theta, alpha, beta, negative), "bias_ptr": _dense(bias)}
+def tversky(*args: Any) -> Tensor:
+    """As the reference, of the same arguments.
+
+    Raises:
+        Unsupported: float64.
+        ValueError: as the reference.
+    """
+    a = Arguments.checked(*args)
+    _refuse(a)
+    z, b = _scores(_flat(a.x), a)
+    out = a.x.new_empty((*a.x.shape[:-1], a.prototypes.shape[0]))
+    given = {"z_ptr": z, "b_ptr": b, **_coefficients(a), "bias_ptr": _dense(a.bias)}
     sizes = {"out_ptr": out, "count": z.shape[0], "prototypes": b.shape[0], "width": z.shape[1]}
-    bilinear = reference.is_bilinear(intersection, difference, form)
-    names = {} if bilinear else _naming(intersection, convention, difference, form)
+    bilinear = reference.is_bilinear(a.intersection, a.difference, a.form)
     launch(
         kernels.two_products if bilinear else kernels.similarity,
         _blocks(z.shape[0], b.shape[0]),
         {**given, **sizes},
-        {**names, "PRECISION": _precision(x)},
-        _configs(x, *((_PRODUCT, _PRODUCT_WIDE) if bilinear else (_SUMS, _SUMS_WIDE))),
+        {**({} if bilinear else _naming(a)), "PRECISION": _precision(a.x)},
+        _configs(a.x, *((_PRODUCT, _PRODUCT_WIDE) if bilinear else (_SUMS, _SUMS_WIDE))),
     )
     return out
 
 
-def tversky_backward(
-    grad: Tensor,
-    x: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    theta: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    negative: Tensor | None,
-    bias: Tensor | None,
-    intersection: str,
-    convention: str,
-    difference: str,
-    form: str,
-    mirrored: bool,
-    projected: bool,
-) -> tuple[Tensor, ...]:
+def tversky_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As `gradient.gradients`."""
-    _refuse(x, features, prototypes)
-    flat, flat_grad = (
-        x.reshape(x.shape[:-1].numel(), x.shape[-1]),
-        grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).contiguous(),
-    )
-    z, b = _scores(flat, features, prototypes, mirrored, projected)
-    names = _naming(intersection, convention, difference, form)
-    weights = (theta, alpha, beta, negative)
-    to_z, to_b, *found = _branch(z, b, flat_grad, x, weights, names, False)
+    a = Arguments(*args)
+    _refuse(a)
+    flat, flat_grad = _flat(a.x), _flat(grad).contiguous()
+    z, b = _scores(flat, a)
+    to_z, to_b, *found = _branch(z, b, flat_grad, a, False)
     to_negative = None
-    if negative is not None:
-        more_z, less_b, *others, to_negative = _branch(z, b, flat_grad, x, weights, names, True)
+    if a.negative is not None:
+        more_z, less_b, *others, to_negative = _branch(z, b, flat_grad, a, True)
         to_z, to_b = to_z + more_z, to_b - less_b
         found = [None if one is None else one + other for one, other in zip(found[:3], others, strict=True)]
-    if mirrored:
+    if a.mirrored:
         to_z, to_b = (first - second for first, second in (t.chunk(2, 1) for t in (to_z, to_b)))
-    to_bank = _multiply(to_z.t(), flat.t(), x)
-    if not projected:
-        to_bank = to_bank + _multiply(to_b.t(), prototypes.t(), x)
-        to_b = _multiply(to_b, features.t(), x)
+    to_bank = _multiply(to_z.t(), flat.t(), a.x)
+    if not a.projected:
+        to_bank = to_bank + _multiply(to_b.t(), a.prototypes.t(), a.x)
+        to_b = _multiply(to_b, a.features.t(), a.x)
     to_theta, to_alpha, to_beta = (
         None if one is None or weight is None else (one if weight.dim() else one.sum())
-        for one, weight in zip(found[:3], weights[:3], strict=True)
+        for one, weight in zip(found[:3], a.coefficients, strict=True)
     )
     results = (
-        _multiply(to_z, features.t(), x).reshape(x.shape), to_bank, to_b, to_theta, to_alpha, to_beta,
-        None if to_negative is None else -to_negative.sum(), None if bias is None else flat_grad.float().sum(0),
+        _multiply(to_z, a.features.t(), a.x).reshape(a.x.shape), to_bank, to_b, to_theta, to_alpha, to_beta,
+        None if to_negative is None else -to_negative.sum(), None if a.bias is None else flat_grad.float().sum(0),
     )  # fmt: skip
-    likes = (x, features, prototypes, theta, alpha, beta, negative, bias)
     return tuple(
-        x.new_empty(0) if one is None or like is None else one.to(like.dtype)
-        for one, like in zip(results, likes, strict=True)
+        a.x.new_empty(0) if one is None or like is None else one.to(like.dtype)
+        for one, like in zip(results, a.tensors, strict=True)
     )
 
 
@@ -124,46 +91,43 @@ def _branch(
     z: Tensor,
     b: Tensor,
     grad: Tensor,
-    x: Tensor,
-    weights: tuple[Tensor | None, ...],
-    names: dict[str, str],
+    a: Arguments,
     negative: bool,
 ) -> list[Any]:
     """Gradients of z, ±b, θ, α, β ``[P]`` and, for the negative branch, Σ G S ``[P]``; None for what has none."""
     count, prototypes, width = z.shape[0], b.shape[0], z.shape[1]
-    paper, intersection = names["CONVENTION"] == "paper", names["INTERSECTION"]
-    theta, alpha, beta, _ = weights
-    surplus = not paper and names["DIFFERENCE"] == "subtractmatch" and not alpha is beta is None
-    sided = surplus or (intersection in ("mean", "max") if paper else intersection != "product")
-    whole = intersection == "product" or (paper and intersection != "mean")
+    paper, names = a.convention == "paper", _naming(a)
+    surplus = not paper and a.difference == "subtractmatch" and not a.alpha is a.beta is None
+    sided = surplus or (a.intersection in ("mean", "max") if paper else a.intersection != "product")
+    whole = a.intersection == "product" or (paper and a.intersection != "mean")
 
     def matrix(wanted: bool, rows: int = count) -> Tensor | None:
         return z.new_empty(rows, prototypes) if wanted else None
 
     per_pair = {
         "common_ptr": matrix(whole), "first_ptr": matrix(sided), "second_ptr": matrix(sided),
-        "only_a_ptr": matrix(alpha is not None), "only_b_ptr": matrix(beta is not None),
+        "only_a_ptr": matrix(a.alpha is not None), "only_b_ptr": matrix(a.beta is not None),
     }  # fmt: skip
     blocks_of_rows = triton.cdiv(count, _ROWS)
     per_prototype = {
-        "to_theta_ptr": matrix(theta is not None and names["FORM"] == "contrast", blocks_of_rows),
-        "to_alpha_ptr": matrix(alpha is not None, blocks_of_rows),
-        "to_beta_ptr": matrix(beta is not None, blocks_of_rows),
+        "to_theta_ptr": matrix(a.theta is not None and a.form == "contrast", blocks_of_rows),
+        "to_alpha_ptr": matrix(a.alpha is not None, blocks_of_rows),
+        "to_beta_ptr": matrix(a.beta is not None, blocks_of_rows),
         "value_ptr": matrix(negative, blocks_of_rows),
     }
     sizes = {"count": count, "prototypes": prototypes, "width": width}
     launch(
         gradient_kernels.slopes,
         _blocks(count, prototypes),
-        {"z_ptr": z, "b_ptr": b, "grad_ptr": grad, **_coefficients(*weights), **per_pair, **per_prototype, **sizes},
-        {**names, "NEGATIVE": negative, "BM": _ROWS, "PRECISION": _precision(x)},
-        _configs(x, _SLOPES, _SLOPES_WIDE),
+        {"z_ptr": z, "b_ptr": b, "grad_ptr": grad, **_coefficients(a), **per_pair, **per_prototype, **sizes},
+        {**names, "NEGATIVE": negative, "BM": _ROWS, "PRECISION": _precision(a.x)},
+        _configs(a.x, _SLOPES, _SLOPES_WIDE),
     )
     common, first, second, only_a, only_b = per_pair.values()
     sign = -1.0 if negative else 1.0
     rule = {name: names[name] for name in ("INTERSECTION", "CONVENTION", "DIFFERENCE")}
-    to_z = _memberships(z, b, (1.0, sign), (common, first, only_a, only_b), (prototypes, 1), rule, x)
-    to_b = _memberships(b, z, (sign, 1.0), (common, second, only_b, only_a), (1, prototypes), rule, x)
+    to_z = _memberships(z, b, (1.0, sign), (common, first, only_a, only_b), (prototypes, 1), rule, a.x)
+    to_b = _memberships(b, z, (sign, 1.0), (common, second, only_b, only_a), (1, prototypes), rule, a.x)
     return [to_z, to_b, *(None if t is None else t.sum(0) for t in per_prototype.values())]
 
 
@@ -196,16 +160,21 @@ def _memberships(
 # -------------------------------------------------------------------------------------------------- parts of both
 
 
-def _refuse(*tensors: Tensor) -> None:
-    if any(t.dtype is torch.float64 for t in tensors):
+def _refuse(a: Arguments) -> None:
+    if any(t.dtype is torch.float64 for t in (a.x, a.features, a.prototypes)):
         raise Unsupported("float64: the kernels compute in float32")
 
 
-def _scores(x: Tensor, features: Tensor, prototypes: Tensor, mirrored: bool, projected: bool) -> tuple[Tensor, Tensor]:
+def _flat(x: Tensor) -> Tensor:
+    """``[..., d]`` as ``[n, d]``, also without elements."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _scores(x: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
     """z ``[n, K]`` and b ``[P, K]`` in float32, contiguous; twice as wide for a mirrored bank."""
-    z = _multiply(x, features, x)
-    b = prototypes.to(torch.float32).contiguous() if projected else _multiply(prototypes, features, x)
-    return (reference.mirror(z), reference.mirror(b)) if mirrored else (z, b)
+    z = _multiply(x, a.features, x)
+    b = a.prototypes.to(torch.float32).contiguous() if a.projected else _multiply(a.prototypes, a.features, x)
+    return (reference.mirror(z), reference.mirror(b)) if a.mirrored else (z, b)
 
 
 def _multiply(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
@@ -241,12 +210,10 @@ def _deal(rows: int, columns: int, length: int) -> tuple[int, int]:
     return max(1, triton.cdiv(length, share)), share
 
 
-def _coefficients(
-    theta: Tensor | None, alpha: Tensor | None, beta: Tensor | None, negative: Tensor | None
-) -> dict[str, Any]:
+def _coefficients(a: Arguments) -> dict[str, Any]:
     """Pointers, and strides over the prototypes: 0 for a coefficient that all share."""
-    found: dict[str, Any] = {"negative_ptr": negative}
-    for name, values in (("theta", theta), ("alpha", alpha), ("beta", beta)):
+    found: dict[str, Any] = {"negative_ptr": a.negative}
+    for name, values in zip(("theta", "alpha", "beta"), a.coefficients, strict=True):
         found[f"{name}_ptr"] = _dense(values)
         found[f"{name}_stride"] = 0 if values is None or not values.dim() else 1
     return found
@@ -256,8 +223,9 @@ def _dense(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
-def _naming(intersection: str, convention: str, difference: str, form: str) -> dict[str, str]:
-    return {"INTERSECTION": intersection, "CONVENTION": convention, "DIFFERENCE": difference, "FORM": form}
+def _naming(a: Arguments) -> dict[str, str]:
+    """The names as the kernels take them."""
+    return {name.upper(): value for name, value in a.names._asdict().items()}
 
 
 def _blocks(rows: int, columns: int, parts: int = 1) -> Any:

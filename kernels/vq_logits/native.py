@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codebook heads on the CPU: ``tiers.cpp`` and ``product.cpp`` beside this file.
 
-The product with the codebook of a tiers head stays torch's; what is new is that codes are read as they are stored, and
-nothing else of the vocabulary's size is made. float16 and float64 run the references, and so does a head with a code
-outside its codebook, for the reference to say so.
+Codes are read as they are stored, and nothing of the vocabulary's size is made but logits that are asked for. The product of
+a tiers head with its codebook is our own where the processor has AVX-512 (``dots.h``) and torch's elsewhere; for more than
+`MEASURED_ROWS` rows, where arithmetic decides and torch may know matrix units, the faster of the two by measurement.
+float16 and float64 run the references, and so does a head with a code outside its codebook, for the reference to say so.
 """
 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+import math
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.kernels import native
+from rewriter.kernels import choosing, native
 from rewriter.kernels.launching import Unsupported
 from rewriter.kernels.vq_logits import reference
 from rewriter.kernels.vq_logits.codec import unpack_codes
@@ -27,20 +30,23 @@ _HERE = Path(__file__).parent
 _FLAGS = (*native.FLAGS, "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _TIERS = {
-    "tiers_logits_f32": [_POINTER] * 4 + [_LONG, _INT],
-    "tiers_logits_bf16": [_POINTER] * 4 + [_LONG, _INT],
-    "tiers_losses": [_POINTER] * 5 + [_LONG, _LONG, _INT],
-    "tiers_topk": [_POINTER] * 5 + [_LONG, _LONG, _INT, _INT],
+    "tiers_own_product": [_POINTER],
+    "tiers_product": [_POINTER, _INT, _POINTER, _LONG, _INT, _POINTER],
+    "tiers_logits": [_POINTER, _INT] + [_POINTER] * 2 + [_LONG, _INT, _POINTER],
+    "tiers_losses": [_POINTER, _INT] + [_POINTER] * 3 + [_LONG, _LONG, _INT, _POINTER],
+    "tiers_topk": [_POINTER, _INT] + [_POINTER] * 3 + [_LONG, _LONG, _INT, _POINTER],
 }
 _PRODUCT = {"product_logits": [_POINTER] * 4 + [_LONG, _INT]}
 _DTYPES = (torch.float32, torch.bfloat16)
+MEASURED_ROWS = 8  # of a tiers head; for so many its codebook is read no faster than it is multiplied
+GRAIN = 1 << 16  # products that are worth a thread
 MOST_ROWS = 256  # of a product head; more of them are faster through the decoded weight (benchmarks/cpu.py)
 
 
 class _Head(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("code_of", "bias")),
-        *((name, ctypes.c_long) for name in ("codes", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("codebook", "code_of", "bias")),
+        *((name, ctypes.c_long) for name in ("stride", "codes", "width", "tokens")),
         ("bytes", ctypes.c_int),
     )
 
@@ -54,29 +60,26 @@ class _Product(ctypes.Structure):
 
 def vq_logits_tiers(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
     """logit_i = h·C_{M(i)} + b_i. h ``[..., d]`` -> ``[..., V]``."""
-    check_tiers(h, codebook, code_of, token_bias)
     call = _Tiers(h, codebook, code_of, token_bias)
     out = h.new_empty((*h.shape[:-1], code_of.shape[0]))
-    call("tiers_logits_f32" if h.dtype is torch.float32 else "tiers_logits_bf16", out)
+    call.run(_tiers().tiers_logits, out)
     return out
 
 
 def vq_tiers_logsumexp(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> Tensor:
     """log Z. h ``[..., d]`` -> ``[...]``, float32."""
-    check_tiers(h, codebook, code_of, token_bias)
     call = _Tiers(h, codebook, code_of, token_bias, wide=True)
     out = h.new_empty(h.shape[:-1], dtype=torch.float32)
-    call("tiers_losses", None, out, numbers=(0,))
+    call.run(_tiers().tiers_losses, None, out, number=0)
     return out
 
 
 def vq_tiers_nll(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, target: Tensor) -> Tensor:
     """log Z − logit_y, 0 where y is -100. h ``[..., d]``, target int64 ``[...]`` -> ``[...]``, float32."""
-    check_tiers(h, codebook, code_of, token_bias)
     check_target(h, target)
     call = _Tiers(h, codebook, code_of, token_bias, wide=True)
     out = h.new_empty(h.shape[:-1], dtype=torch.float32)
-    call("tiers_losses", target.contiguous(), out, numbers=(reference.IGNORE_INDEX,))
+    call.run(_tiers().tiers_losses, target.contiguous(), out, number=reference.IGNORE_INDEX)
     return out
 
 
@@ -84,13 +87,12 @@ def vq_tiers_topk(
     h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k largest logits and their tokens, of equals the smaller token first. h ``[..., d]`` -> twice ``[..., k]``."""
-    check_tiers(h, codebook, code_of, token_bias)
-    check_k(k, code_of.shape[0])
     call = _Tiers(h, codebook, code_of, token_bias)
-    values = torch.empty((*h.shape[:-1], k))
-    tokens = torch.empty((*h.shape[:-1], k), dtype=torch.int64)
-    call("tiers_topk", values, tokens, numbers=(k, h.dtype is torch.bfloat16))
-    return values.to(h.dtype), tokens
+    check_k(k, code_of.shape[0])
+    shape = (*h.shape[:-1], k)
+    values, tokens = h.new_empty(shape), h.new_empty(shape, dtype=torch.int64)
+    call.run(_tiers().tiers_topk, values, tokens, number=k)
+    return values, tokens
 
 
 class _Tiers:
@@ -106,26 +108,44 @@ class _Tiers:
     def __init__(
         self, h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, wide: bool = False
     ) -> None:
-        if h.dtype not in _DTYPES:
-            raise Unsupported(f"the CPU kernels of tiers heads take float32 and bfloat16, not {h.dtype}")
-        if not (code_of.shape[0] and codebook.shape[0]):
+        check_tiers(h, codebook, code_of, token_bias)
+        dtype = h.dtype
+        if dtype not in _DTYPES:
+            raise Unsupported(f"the CPU kernels of tiers heads take float32 and bfloat16, not {dtype}")
+        (codes, width), (tokens, per_code) = codebook.shape, code_of.shape
+        if not (tokens and codes):
             raise Unsupported("a head without tokens or without codes")
-        self.logits = F.linear(h, codebook.to(h.dtype)).reshape(-1, codebook.shape[0]).float().contiguous()
         self.code_of = code_of.contiguous()
-        self.bias = (
-            None if token_bias is None else token_bias.to(torch.float32 if wide else h.dtype).float().contiguous()
-        )
+        self.bias = None if token_bias is None else token_bias.to(torch.float32 if wide else dtype).float().contiguous()
+        self.rows, self.narrow = math.prod(h.shape[:-1]), dtype is torch.bfloat16
+        self.threads = native.threads((self.rows + 1) * codes * width, GRAIN)
+        self.x, self.book = h.reshape(self.rows, width).contiguous(), codebook.to(dtype)
+        if width > 1 and self.book.stride(1) != 1:
+            self.book = self.book.contiguous()
         self.head = _Head(
-            *map(native.address, (self.code_of, self.bias)), codebook.shape[0], code_of.shape[0], code_of.shape[1]
+            *(self.book.data_ptr(), self.code_of.data_ptr(), native.address(self.bias)),
+            *(self.book.stride(0), codes, width, tokens, per_code),
         )
+        if self._way() == "torch":
+            self.x, self.head.codebook = F.linear(self.x, self.book), None
 
-    def __call__(self, name: str, *buffers: Tensor | None, numbers: tuple[int, ...] = ()) -> None:
-        """Run a function of the library on these buffers."""
-        outside = _INT(0)
-        tensors = map(native.address, (self.logits, *buffers))
-        function = getattr(_tiers(), name)
-        rows, threads = self.logits.shape[0], torch.get_num_threads()
-        function(ctypes.byref(self.head), ctypes.byref(outside), *tensors, rows, *numbers, threads)
+    def _way(self) -> str:
+        """Whose product with the codebook."""
+        if not _own_product():
+            return "torch"
+        if self.rows <= MEASURED_ROWS:
+            return "own"
+        sizes = (choosing.bucket(self.rows), *self.book.shape, self.threads)
+        kind = " ".join(map(str, (_tiers()._name.rpartition("/")[2], self.x.dtype, *sizes)))
+        ways = {"own": partial(self.run, _tiers().tiers_product), "torch": partial(F.linear, self.x, self.book)}
+        return choosing.fastest(kind, ways)
+
+    def run(self, function: Any, *buffers: Tensor | None, number: int | None = None) -> None:
+        """Call a function of the library with these buffers."""
+        outside = _INT()
+        numbers = (self.rows, self.threads) if number is None else (self.rows, number, self.threads)
+        addresses = (native.address(buffer) for buffer in buffers)
+        function(ctypes.byref(self.head), self.narrow, self.x.data_ptr(), *addresses, *numbers, ctypes.byref(outside))
         if outside.value:
             raise Unsupported("a code or a target lies outside of the head")
 
@@ -160,6 +180,14 @@ def vq_logits_product_exact(
     out, rows = vq_logits_product(h, codebook, codes, bias), unpack_codes(exact_of)
     own = None if bias is None else bias.index_select(0, rows).to(h.dtype)
     return out.index_copy_(-1, rows, F.linear(h, exact.to(h.dtype), own))
+
+
+@cache
+def _own_product() -> bool:
+    """Whether the library was built with a product."""
+    own = _INT()
+    _tiers().tiers_own_product(ctypes.byref(own))
+    return bool(own.value)
 
 
 @cache

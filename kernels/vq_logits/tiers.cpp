@@ -1,41 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiers heads after the product with the codebook, l = h Cᵀ: every token reads the logit of its code.
+// Tiers heads: l = h Cᵀ for the codes alone, then every token reads the logit of its code.
 //
-//   logit_i = l_{M(i)} + b_i        B_j = log Σ_{M(i)=j} exp b_i        log Z = log Σ_j exp(l_j + B_j)
+//   logit_i = l_{M(i)} + b_i        log Z = log Σ_j w_j exp(l_j + t_j),  t_j = max b_i, w_j = Σ exp(b_i − t_j) over M(i) = j
 //
-// Codes are unpacked from the bytes they are stored in, a block of tokens at a time for all rows.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+// Codes are unpacked from the bytes they are stored in, a block of tokens at a time for all rows. A call is one parallel
+// region; what threads add up is divided in the same way for any number of them, so that they do not change a bit.
+#include "dots.h"
+#include "expand.h"
 #include <omp.h>
 #include <vector>
 
 namespace {
 
-constexpr long BLOCK = 2048;  // tokens: 8 KiB of codes
+constexpr long BLOCK = 1024;  // tokens: 4 KiB of codes
+constexpr long TOGETHER = 8;  // rows whose logits of a code lie side by side
+constexpr long FEW = 3;       // from so many rows on they are padded to TOGETHER
+constexpr long CHUNK = 64;    // rows whose code logits are held at a time
+constexpr long PARTS = 4;     // of the tokens, counted apart
 
-struct BFloat {
-    uint16_t bits;
-    explicit BFloat(float x) {  // nearest, ties to even; NaN stays NaN
-        uint32_t b;
-        memcpy(&b, &x, 4);
-        bits = x != x ? (uint16_t)(b >> 16 | 0x40) : (uint16_t)((b + 0x7FFF + (b >> 16 & 1)) >> 16);
-    }
-    explicit operator float() const {
-        const uint32_t b = (uint32_t)bits << 16;
-        float x;
-        memcpy(&x, &b, 4);
-        return x;
-    }
-};
-
-// What a head consists of, beside its codebook.
+// What a head consists of.
 struct Head {
+    const void* codebook;    // [codes, width], `stride` numbers from row to row; null: instead of h come its products, [rows, codes]
     const uint8_t* code_of;  // [tokens, bytes], lowest byte first
     const float* bias;       // [tokens], or null
-    long codes, tokens;
+    long stride, codes, width, tokens;
     int bytes;
+
+    long padded() const { return (codes + 15) / 16 * 16; }
 };
 
 // The codes of up to BLOCK tokens.
@@ -56,8 +47,7 @@ struct Codes {
         return largest < head.codes;
     }
 
-    template <int BYTES>
-    void unpack(const uint8_t* packed) {
+    template <int BYTES> void unpack(const uint8_t* packed) {
         for (long i = 0; i < count; i++) {
             int32_t number = 0;
             for (int b = 0; b < BYTES; b++) number |= (int32_t)packed[i * BYTES + b] << 8 * b;
@@ -66,75 +56,235 @@ struct Codes {
     }
 };
 
-template <class T>
-bool expand(const Head& head, const float* l, T* out, long rows, int threads) {
-    bool good = true;
-    const long blocks = (head.tokens + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : good)
-    for (long block = 0; block < blocks; block++) {
-        const long start = block * BLOCK;
-        Codes codes;
-        if (!codes.read(head, start, head.tokens)) {
-            good = false;
-            continue;
+// The first of some rows that are handled together, how many there are, and the distance of two codes' logits.
+struct Group {
+    long first, rows, side;
+};
+
+std::vector<Group> grouped(long rows) {
+    std::vector<Group> groups;
+    for (long r = 0; r < rows;) {
+        const bool many = rows - r >= FEW;
+        groups.push_back({r, many ? std::min(TOGETHER, rows - r) : 1, many ? TOGETHER : 1});
+        r += groups.back().rows;
+    }
+    return groups;
+}
+
+// Logits of the codes for up to CHUNK rows, rounded to the type of h.
+template <class T> struct CodeLogits {
+    const Head& head;
+    std::vector<Group> groups;
+    T* table;
+
+    CodeLogits(const Head& head, long rows) : head(head), groups(grouped(rows)) {
+        const Group& last = groups.back();
+        table = (T*)aligned_alloc(64, (last.first + last.side) * head.padded() * sizeof(T));
+    }
+    CodeLogits(const CodeLogits&) = delete;
+    ~CodeLogits() { free(table); }
+
+    // [padded, side]
+    T* of(const Group& group) const { return table + group.first * head.padded(); }
+
+    // By a team of threads, who wait for each other at the end.
+    void fill(const T* h) const {
+        if (head.codebook == nullptr) {
+#pragma omp for schedule(static)
+            for (long g = 0; g < (long)groups.size(); g++) {
+                const Group& group = groups[g];
+                for (long r = 0; r < group.rows; r++)
+                    for (long j = 0; j < head.codes; j++) of(group)[j * group.side + r] = h[(group.first + r) * head.codes + j];
+                for (long r = group.rows; r < group.side; r++)
+                    for (long j = 0; j < head.codes; j++) of(group)[j * group.side + r] = (T)0.0f;
+            }
+            return;
         }
-        for (long r = 0; r < rows; r++) {
-            const float *logits = l + r * head.codes, *bias = head.bias + start;
-            T* to = out + r * head.tokens + start;
-            if (head.bias == nullptr)
-#pragma omp simd
-                for (long i = 0; i < codes.count; i++) to[i] = (T)logits[codes.code[i]];
-            else
-#pragma omp simd
-                for (long i = 0; i < codes.count; i++) to[i] = (T)(logits[codes.code[i]] + bias[i]);
+#ifdef OWN_PRODUCT
+        const Book<T> book = {(const T*)head.codebook, head.stride, head.codes, head.width};
+        const long block = book.block();
+#pragma omp for schedule(static)
+        for (long first = 0; first < head.codes; first += block) {
+            const long last = std::min(first + block, head.padded());
+            for (long g = 0; g < (long)groups.size(); g++) {
+                const Group& group = groups[g];
+                const T* row[SIDE];
+                for (long r = 0; r < SIDE; r++) row[r] = h + (group.first + std::min(r, group.rows - 1)) * head.width;
+                if (group.side == 1) one_row(book, row[0], first, last, of(group) + first);
+                else rows_together(book, row, first, last, g, (long)groups.size(), of(group) + first * SIDE);
+            }
+        }
+#endif
+    }
+};
+
+template <class T> bool product(const Head& head, const T* h, long rows, int threads) {
+    for (long start = 0; start < rows; start += CHUNK) {
+        const CodeLogits<T> l(head, std::min(CHUNK, rows - start));
+#pragma omp parallel num_threads(threads)
+        l.fill(h + start * head.width);
+    }
+    return true;
+}
+
+template <class T> bool logits(const Head& head, const T* h, T* out, long rows, int threads) {
+    bool good = true;
+    for (long start = 0; start < rows; start += CHUNK) {
+        const long count = std::min(CHUNK, rows - start);
+        const CodeLogits<T> l(head, count);
+#pragma omp parallel num_threads(threads) reduction(&& : good)
+        {
+            l.fill(h + start * (head.codebook == nullptr ? head.codes : head.width));
+            T unwanted[BLOCK];
+#pragma omp for schedule(static)
+            for (long token = 0; token < head.tokens; token += BLOCK) {
+                Codes codes;
+                if (!codes.read(head, token, head.tokens)) {
+                    good = false;
+                    continue;
+                }
+                const float* bias = head.bias == nullptr ? nullptr : head.bias + token;
+                for (const Group& group : l.groups) {
+                    T* to[TOGETHER];
+                    for (long r = 0; r < TOGETHER; r++)
+                        to[r] = r < group.rows ? out + (start + group.first + r) * head.tokens + token : unwanted;
+                    if (group.side == 1) expand_row(l.of(group), codes.code, bias, codes.count, to[0]);
+                    else expand_rows(l.of(group), codes.code, bias, codes.count, to);
+                }
+            }
         }
     }
     return good;
 }
 
-// B_j of every code; -inf for one no token has. The largest bias of a code keeps exp in range.
-bool log_masses(const Head& head, float* mass) {
-    std::vector<float> top(head.codes, head.bias == nullptr ? 0.0f : -INFINITY);
-    Codes codes;
-    float weight[BLOCK];
-    for (long start = 0; start < head.tokens; start += BLOCK) {
-        if (!codes.read(head, start, head.tokens)) return false;
-        for (long i = 0; head.bias != nullptr && i < codes.count; i++)
-            top[codes.code[i]] = std::max(top[codes.code[i]], head.bias[start + i]);
-    }
-    for (float& t : top) t = std::isfinite(t) ? t : 0.0f;
-    std::fill(mass, mass + head.codes, 0.0f);
-    for (long start = 0; start < head.tokens; start += BLOCK) {
-        codes.read(head, start, head.tokens);
-        if (head.bias == nullptr) {
-            for (long i = 0; i < codes.count; i++) mass[codes.code[i]] += 1.0f;
-            continue;
+// ------------------------------------------------------------------------------------------------------------- losses
+
+// t_j and w_j of every code; -inf and 0 for one no token has. Counted by a team of threads.
+struct Masses {
+    const Head& head;
+    std::vector<float> top, weight, part;  // part: [PARTS, codes]
+    bool good = true;
+
+    explicit Masses(const Head& head) : head(head), top(head.codes), weight(head.codes), part(PARTS * head.codes) {}
+
+    // f(part, tokens' codes, first of them) for every block of tokens, a part of them on one thread.
+    template <class F> void each(float initial, F f) {
+#pragma omp for schedule(static)
+        for (long p = 0; p < PARTS; p++) {
+            float* own = &part[p * head.codes];
+            std::fill(own, own + head.codes, initial);
+            const long per = (head.tokens + PARTS - 1) / PARTS, end = std::min(head.tokens, (p + 1) * per);
+            Codes codes;
+            for (long token = p * per; token < end; token += BLOCK)
+                if (codes.read(head, token, end)) f(own, codes, token);
+                else
+#pragma omp atomic write
+                    good = false;
         }
-#pragma omp simd
-        for (long i = 0; i < codes.count; i++) weight[i] = expf(head.bias[start + i] - top[codes.code[i]]);
-        for (long i = 0; i < codes.count; i++) mass[codes.code[i]] += weight[i];
     }
-#pragma omp simd
-    for (long j = 0; j < head.codes; j++) mass[j] = logf(mass[j]) + top[j];
-    return true;
+
+    void count() {
+        if (head.bias == nullptr) {
+            each(0.0f, [](float* own, const Codes& codes, long) {
+                for (long i = 0; i < codes.count; i++) own[codes.code[i]] += 1.0f;
+            });
+            sum([](float, float w) { return w > 0 ? 0.0f : -INFINITY; });
+            return;
+        }
+        const float* bias = head.bias;
+        each(-INFINITY, [=](float* own, const Codes& codes, long token) {
+            for (long i = 0; i < codes.count; i++) own[codes.code[i]] = std::max(own[codes.code[i]], bias[token + i]);
+        });
+#pragma omp for schedule(static)
+        for (long j = 0; j < head.codes; j++) {
+            float t = part[j];
+            for (long p = 1; p < PARTS; p++) t = std::max(t, part[p * head.codes + j]);
+            top[j] = std::isfinite(t) ? t : 0.0f;
+        }
+        const float* shift = top.data();
+        each(0.0f, [=](float* own, const Codes& codes, long token) {
+            float share[BLOCK];
+            for (long i = 0; i < codes.count; i++) share[i] = bias[token + i] - shift[codes.code[i]];
+            exponentials(share, codes.count);
+            for (long i = 0; i < codes.count; i++) own[codes.code[i]] += share[i];
+        });
+        sum([](float t, float w) { return w == 0 ? -INFINITY : t; });
+    }
+
+    template <class F> void sum(F f) {
+#pragma omp for schedule(static)
+        for (long j = 0; j < head.codes; j++) {
+            float w = part[j];
+            for (long p = 1; p < PARTS; p++) w += part[p * head.codes + j];
+            weight[j] = w;
+            top[j] = f(top[j], w);
+        }
+    }
+};
+
+// log Z of a group's rows; infinite where the largest term is, NaN where one is.
+template <class T> void log_partitions(const CodeLogits<T>& l, const Group& group, const Masses& masses, float* out) {
+    constexpr long LANES = 16;
+    const long side = group.side, count = l.head.codes * side;
+    const T* from = l.of(group);
+    std::vector<float> x((count + LANES - 1) / LANES * LANES, -INFINITY);
+    for (long j = 0; j < l.head.codes; j++)
+        for (long r = 0; r < side; r++) x[j * side + r] = (float)from[j * side + r] + masses.top[j];
+    float best[LANES], sum[LANES] = {};
+    std::fill(best, best + LANES, -INFINITY);
+    int undefined[LANES] = {};  // a NaN is larger than nothing
+    for (long i = 0; i < (long)x.size(); i += LANES)
+        for (long k = 0; k < LANES; k++) {
+            best[k] = x[i + k] > best[k] ? x[i + k] : best[k];
+            undefined[k] |= x[i + k] != x[i + k];
+        }
+    for (long k = side; k < LANES; k++) {  // lane k is of row k % side
+        best[k % side] = std::max(best[k % side], best[k]);
+        undefined[k % side] |= undefined[k];
+    }
+    for (long k = side; k < LANES; k++) best[k] = best[k % side];
+    for (long i = 0; i < (long)x.size(); i += LANES)
+        for (long k = 0; k < LANES; k++) x[i + k] -= best[k];
+    exponentials(x.data(), (long)x.size());
+    for (long j = 0; j < l.head.codes; j++)
+        for (long r = 0; r < side; r++) sum[(j * side + r) % LANES] += x[j * side + r] * masses.weight[j];
+    for (long k = side; k < LANES; k++) sum[k % side] += sum[k];
+    for (long r = 0; r < group.rows; r++)
+        out[group.first + r] = undefined[r] ? NAN : std::isinf(best[r]) ? best[r] : logf(sum[r]) + best[r];
 }
 
-// log Σ_j exp(l_j + B_j); infinite where the largest term is, NaN where one is.
-float log_partition(const float* l, const float* mass, long codes) {
-    float top = -INFINITY, sum = 0;
-    int undefined = 0;  // a NaN is larger than nothing
-#pragma omp simd reduction(max : top) reduction(| : undefined)
-    for (long j = 0; j < codes; j++) {
-        const float x = l[j] + mass[j];
-        undefined |= x != x;
-        top = x > top ? x : top;
+// Log Z of every row; with targets the loss of every row, 0 where the target is `ignored`.
+template <class T>
+bool losses(const Head& head, const T* h, const int64_t* target, float* out, long rows, long ignored, int threads) {
+    bool good = true;
+    Masses masses(head);
+    for (long start = 0; start < rows; start += CHUNK) {
+        const CodeLogits<T> l(head, std::min(CHUNK, rows - start));
+#pragma omp parallel num_threads(threads) reduction(&& : good)
+        {
+            l.fill(h + start * (head.codebook == nullptr ? head.codes : head.width));
+            if (start == 0) masses.count();
+#pragma omp for schedule(static)
+            for (long g = 0; g < (long)l.groups.size(); g++) {
+                const Group& group = l.groups[g];
+                log_partitions(l, group, masses, out + start);
+                for (long r = group.first; target != nullptr && r < group.first + group.rows; r++) {
+                    const long token = target[start + r];
+                    Codes code;
+                    if (token == ignored) out[start + r] = 0;
+                    else if (token < 0 || token >= head.tokens || !code.read(head, token, token + 1)) good = false;
+                    else {
+                        const float b = head.bias == nullptr ? 0.0f : head.bias[token];
+                        out[start + r] -= (float)l.of(group)[code.code[0] * group.side + r - group.first] + b;
+                    }
+                }
+            }
+        }
     }
-    if (undefined) return NAN;
-    if (std::isinf(top)) return top;
-#pragma omp simd reduction(+ : sum)
-    for (long j = 0; j < codes; j++) sum += expf(l[j] + mass[j] - top);
-    return logf(sum) + top;
+    return good && masses.good;
 }
+
+// -------------------------------------------------------------------------------------------------------------- top k
 
 struct Candidate {
     float value;
@@ -148,87 +298,110 @@ bool before(const Candidate& a, const Candidate& b) {
     return a.value > b.value || (a.value == b.value && a.token < b.token);
 }
 
-// The k largest of a row. Tokens come in order: one that only equals the k-th so far comes too late.
+// The k largest first; false if there are fewer.
+bool cut(std::vector<Candidate>& kept, long k) {
+    if ((long)kept.size() < k) return false;
+    std::nth_element(kept.begin(), kept.begin() + (k - 1), kept.end(), before);
+    kept.resize(k);
+    return true;
+}
+
+// The k largest of some tokens for a row whose logits of two codes are `side` apart; all tokens if they are not more. Tokens
+// come in order: one that only equals the k-th so far comes too late. False if a code is not in the codebook.
 template <class T>
-bool largest(const Head& head, const float* l, long k, float* values, int64_t* tokens) {
-    std::vector<Candidate> kept;
-    kept.reserve(k + BLOCK);
+bool largest(const Head& head, const T* l, long side, long k, long start, long end, std::vector<Candidate>& kept) {
     Codes codes;
-    float value[BLOCK];
-    float least = -INFINITY;
+    float value[BLOCK], least = -INFINITY;
     bool full = false;
-    for (long start = 0; start < head.tokens; start += BLOCK) {
-        if (!codes.read(head, start, head.tokens)) return false;
+    kept.reserve(k + BLOCK);
+    for (; start < end; start += BLOCK) {
+        if (!codes.read(head, start, end)) return false;
+        const float* bias = head.bias == nullptr ? nullptr : head.bias + start;
+        for (long i = 0; i < codes.count; i++) value[i] = (float)biased(l[codes.code[i] * side], bias, i);
         int any = 0;
 #pragma omp simd reduction(| : any)
-        for (long i = 0; i < codes.count; i++) {
-            value[i] = head.bias == nullptr ? l[codes.code[i]] : (float)(T)(l[codes.code[i]] + head.bias[start + i]);
-            any |= !(value[i] <= least);
-        }
+        for (long i = 0; i < codes.count; i++) any |= !(value[i] <= least);
         if (full && !any) continue;
         for (long i = 0; i < codes.count; i++)
             if (!full || !(value[i] <= least)) kept.push_back({value[i], (int32_t)(start + i)});
-        if ((long)kept.size() < k) continue;
-        std::nth_element(kept.begin(), kept.begin() + (k - 1), kept.end(), before);
-        kept.resize(k);
-        least = kept[k - 1].value;
-        full = true;
+        if (cut(kept, k)) {
+            least = kept[k - 1].value;
+            full = true;
+        }
     }
-    std::sort(kept.begin(), kept.end(), before);
-    for (long i = 0; i < k; i++) values[i] = kept[i].value, tokens[i] = kept[i].token;
     return true;
+}
+
+template <class T>
+bool topk(const Head& head, const T* h, T* values, int64_t* tokens, long rows, long k, int threads) {
+    bool good = true;
+    for (long start = 0; start < rows; start += CHUNK) {
+        const long count = std::min(CHUNK, rows - start), shares = count < threads ? threads : 1;
+        const CodeLogits<T> l(head, count);
+        std::vector<std::vector<Candidate>> kept(count * shares);
+#pragma omp parallel num_threads(threads) reduction(&& : good)
+        {
+            l.fill(h + start * (head.codebook == nullptr ? head.codes : head.width));
+#pragma omp for schedule(static)
+            for (long n = 0; n < count * shares; n++) {
+                const long r = n / shares, share = n % shares;
+                const Group& group = *std::find_if(l.groups.begin(), l.groups.end(), [=](const Group& g) { return r < g.first + g.rows; });
+                good = largest(head, l.of(group) + r - group.first, group.side, k, head.tokens * share / shares,
+                               head.tokens * (share + 1) / shares, kept[n]) && good;
+            }
+#pragma omp for schedule(static)
+            for (long r = 0; r < count; r++) {
+                std::vector<Candidate>& all = kept[r * shares];
+                for (long share = 1; share < shares; share++) {
+                    const auto& other = kept[r * shares + share];
+                    all.insert(all.end(), other.begin(), other.end());
+                }
+                if (!cut(all, k)) continue;  // only where a code was outside
+                std::sort(all.begin(), all.end(), before);
+                for (long i = 0; i < k; i++) {
+                    values[(start + r) * k + i] = (T)all[i].value;
+                    tokens[(start + r) * k + i] = all[i].token;
+                }
+            }
+        }
+    }
+    return good;
 }
 
 }  // namespace
 
-// l is [rows, codes] in float32, already rounded to the type of the activations. `outside` becomes 1 where a code or a target
-// lies outside; the results are then not to be used.
+// h is [rows, width], or where there is no codebook its products with one, [rows, codes]; both in float, or if `narrow` in
+// bfloat16. `outside` becomes 1 where a code or a target lies outside; the results are then not to be used.
 extern "C" {
 
-void tiers_logits_f32(const Head* head, int* outside, const float* l, float* out, long rows, int threads) {
-    *outside = !expand(*head, l, out, rows, threads);
+// Whether a codebook may be given.
+void tiers_own_product(int* own) {
+#ifdef OWN_PRODUCT
+    *own = 1;
+#else
+    *own = 0;
+#endif
 }
 
-void tiers_logits_bf16(const Head* head, int* outside, const float* l, void* out, long rows, int threads) {
-    *outside = !expand(*head, l, (BFloat*)out, rows, threads);
+// The code logits alone, which are dropped: to measure how long they take.
+void tiers_product(const Head* head, int narrow, const void* h, long rows, int threads, int* outside) {
+    *outside = narrow ? !product(*head, (const BFloat*)h, rows, threads) : !product(*head, (const float*)h, rows, threads);
 }
 
-// Log Z of every row; with targets the loss of every row, 0 where the target is `ignored`.
-void tiers_losses(const Head* head, int* outside, const float* l, const int64_t* target, float* out, long rows,
-                  long ignored, int threads) {
-    std::vector<float> mass(head->codes);
-    bool good = log_masses(*head, mass.data());
-#pragma omp parallel for num_threads(threads) if (rows > 1) reduction(&& : good)
-    for (long r = 0; r < rows; r++) {
-        const float* logits = l + r * head->codes;
-        if (target == nullptr) {
-            out[r] = log_partition(logits, mass.data(), head->codes);
-            continue;
-        }
-        const long token = target[r];
-        out[r] = 0;
-        if (token == ignored) continue;
-        Codes code;
-        if (token < 0 || token >= head->tokens || !code.read(*head, token, token + 1)) {
-            good = false;
-            continue;
-        }
-        const float logit = logits[code.code[0]] + (head->bias == nullptr ? 0.0f : head->bias[token]);
-        out[r] = log_partition(logits, mass.data(), head->codes) - logit;
-    }
-    *outside = !good;
+void tiers_logits(const Head* head, int narrow, const void* h, void* out, long rows, int threads, int* outside) {
+    *outside = narrow ? !logits(*head, (const BFloat*)h, (BFloat*)out, rows, threads)
+                      : !logits(*head, (const float*)h, (float*)out, rows, threads);
 }
 
-void tiers_topk(const Head* head, int* outside, const float* l, float* values, int64_t* tokens, long rows, long k,
-                int narrow, int threads) {
-    bool good = true;
-#pragma omp parallel for num_threads(threads) if (rows > 1) reduction(&& : good)
-    for (long r = 0; r < rows; r++) {
-        const float* logits = l + r * head->codes;
-        const bool found = narrow ? largest<BFloat>(*head, logits, k, values + r * k, tokens + r * k)
-                                  : largest<float>(*head, logits, k, values + r * k, tokens + r * k);
-        good = good && found;
-    }
-    *outside = !good;
+void tiers_losses(const Head* head, int narrow, const void* h, const int64_t* target, float* out, long rows, long ignored,
+                  int threads, int* outside) {
+    *outside = narrow ? !losses(*head, (const BFloat*)h, target, out, rows, ignored, threads)
+                      : !losses(*head, (const float*)h, target, out, rows, ignored, threads);
+}
+
+void tiers_topk(const Head* head, int narrow, const void* h, void* values, int64_t* tokens, long rows, long k, int threads,
+                int* outside) {
+    *outside = narrow ? !topk(*head, (const BFloat*)h, (BFloat*)values, tokens, rows, k, threads)
+                      : !topk(*head, (const float*)h, (float*)values, tokens, rows, k, threads);
 }
 }

@@ -18,6 +18,8 @@ from rewriter.kernels.launching import Unsupported
 from rewriter.kernels.shift_add import codec, gradients, launch, launch_embedding, launch_gradients, op, reference
 from rewriter.kernels.spec import REGISTRY
 
+# numpy warns of what a device computes silently.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = ("bcq", "pot", "level")
 TERMS = {2: (1,), 3: (1,), 4: (1, 2), 5: (1,), 6: (1, 2, 3), 7: (1,), 8: (1, 2, 4)}
@@ -153,6 +155,23 @@ def test_what_is_not_finite_goes_where_the_reference_sends_it(
     assert torch.equal(found.isfinite(), own.isfinite())
     if x.numel() > case.width:
         assert torch.equal(found.isnan(), own.isnan())
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["matvec", "matmul"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_lies_beyond_the_width(format: str, rows: int) -> None:
+    """Tiles reach beyond the last feature, where a scale or level that is infinite would turn zero activations into NaN."""
+    codes = torch.full((3, 1, 2) if format == "bcq" else (3, 5), 0x77, dtype=torch.uint8)
+    scale = torch.tensor([[1.0, 1.0 if format == "level" else float("inf")]] * 3)
+    levels = torch.tensor([float("inf"), *range(1, 16)])  # code word 0 is only what padding reads
+    table, bits = (levels, 4) if format == "level" else (None, 1 if format == "bcq" else 4)
+    case = Case(format, codes, scale.unsqueeze(-1) if format == "bcq" else scale, table, bits, 1, 8, 9)
+    x = torch.arange(1.0, 9 * rows + 1).reshape(rows, 9)
+    with interpreting():
+        found = case.linear(launch, x, None)
+    own = case.linear(reference, x, None)
+    assert torch.equal(found, own) and not own.isnan().any()
+    assert own.isfinite().all() == (format == "level")
 
 
 def test_float64_and_wrong_shapes_are_refused() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewriter.kernels.spec import REGISTRY
 from rewriter.kernels.tversky import op, reference
+from rewriter.kernels.tversky.arguments import Arguments
 from rewriter.kernels.tversky.reference import CONVENTIONS, DIFFERENCES, FORMS, INTERSECTIONS
 
 NAMES = [(i, c, d, f) for i in INTERSECTIONS for c in CONVENTIONS for d in DIFFERENCES for f in FORMS]
@@ -273,6 +275,12 @@ def test_wrong_arguments_are_refused_the_same_way_real_and_fake(position: int, v
         op.tversky(*args)
     with torch._subclasses.FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
         op.tversky(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+
+
+def test_arguments_are_named_as_the_schema_names_them() -> None:
+    for operator, before in ((op.tversky, 0), (op.tversky_backward, 1)):
+        named = [argument.name for argument in operator._schema.arguments]
+        assert named[before:] == [field.name for field in fields(Arguments)]
 
 
 def test_cost_of_the_two_products() -> None:
