@@ -1,180 +1,166 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel on a GPU, in one command: first whether it is right, then how fast it is against what one would use instead.
 
-.venv/bin/python benchmarks/gpu.py                 # writes benchmarks/results/gpu_<device>.json
-.venv/bin/python benchmarks/gpu.py --only shift    # the cases whose name the regular expression finds; writes nothing
+.venv/bin/python benchmarks/gpu.py                 # writes benchmarks/results/gpu_<device>.json, after every case
+.venv/bin/python benchmarks/gpu.py --out FILE      # writes there instead
+.venv/bin/python benchmarks/gpu.py --only shift    # the cases whose name the regular expression finds; needs --out to write
 .venv/bin/python benchmarks/gpu.py --device cpu --small    # no kernels and no times: that the cases themselves are right
+.venv/bin/python benchmarks/gpu.py --bounds        # needs no GPU: writes the table of least times into docs/kernels.md
 
-Right: the results and gradients are no further from the reference in float64 than twice what the reference in the case's
-own dtype is. Fast: medians of `triton.testing.do_bench`, which empties the L2 cache before every call; bytes and operations
-are those of the operator's cost model, the share is of the roofline of the chip's data sheet (`rewriter.codegen.roofline`).
+How a case is checked and timed is said in `gpu_work/measure.py`. Cases run in a process beside this one: one that raises,
+hangs or takes the GPU with it is recorded as failed, and the next is measured all the same. What is written before the
+run is stopped stays; ``cases_left`` says what was not reached.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import queue
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
-from gpu_work import Case, cases
+from gpu_work.bounds import markdown
+from gpu_work.cases import cases
+from gpu_work.measure import BEGIN, RESULT, Result, peaks, sheet
 from rich.console import Console
 from rich.table import Table
 from timing import machine
-from torch import Tensor
 
-from rewriter.codegen import roofline
-from rewriter.kernels.launching import Unsupported
-from rewriter.kernels.spec import REGISTRY
-
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+LIMIT = 180.0  # seconds without a word until a case counts as hanging
 
 
-@dataclass(frozen=True)
-class Result:
-    """One case.
+def results(names: Sequence[str], command: Sequence[str], limit: float) -> Iterator[Result]:
+    """One result per name, in order, whatever happens to the processes that measure them.
 
-    Attributes:
-        implementation: "Triton", or why the reference runs.
-        error, eager_error: largest error against float64 over all results and gradients, in units of their largest
-            magnitude: of the operator, and of the reference in the same dtype.
-        right: whether the first is at most twice the second, or one rounding.
-        milliseconds: median, forward; None where nothing was timed.
-        rivals: medians of the others, by name.
-        flops, nbytes: of the cost model.
-        share: of the roofline.
+    Args:
+        names: of the cases.
+        command: starts a process on the names it gets as JSON behind it; it prints what `gpu_work.measure` does.
+        limit: seconds without a line after which a process is ended.
     """
-
-    name: str
-    implementation: str
-    error: float
-    eager_error: float
-    right: bool
-    milliseconds: float | None
-    rivals: dict[str, float]
-    flops: int
-    nbytes: int
-    share: float | None
-
-
-def measure(case: Case, device: str, small: bool) -> Result:
-    generator = torch.Generator(device).manual_seed(0)
-    built = case.build(device, small, generator)
-    spec = REGISTRY[built.operator]
-    error, eager = _errors(built.operator, spec.reference, built.arguments)
-    dtype = next(a.dtype for a in built.arguments if isinstance(a, Tensor) and a.is_floating_point())
-    right = error <= max(2 * eager, torch.finfo(dtype).eps)
-    cost = spec.cost(*built.arguments)
-    nbytes = cost.bytes_read + cost.bytes_written
-    implementation, seconds, rivals, share = "not on a GPU", None, {}, None
-    if device != "cpu":
-        from triton.testing import do_bench
-
-        try:
-            spec.implementation("cuda")(*built.arguments)
-            implementation = "Triton"
-        except Unsupported as reason:
-            implementation = f"reference: {reason}"
-        with torch.no_grad():
-            seconds = float(do_bench(lambda: built.operator(*built.arguments), return_mode="median"))
-            rivals = {name: float(do_bench(call, return_mode="median")) for name, call in built.rivals.items()}
-        major, minor = torch.cuda.get_device_capability()
-        chip = roofline.CHIPS.get(f"sm_{major}{minor}" if torch.version.hip is None else "gfx942")
-        if chip is not None:
-            share = 1e3 * roofline.bound(cost, chip.bandwidth, chip.flops).seconds / seconds
-    return Result(case.name, implementation, error, eager, right, seconds, rivals, cost.flops, nbytes, share)
+    left = list(names)
+    while left:
+        process = subprocess.Popen([*command, json.dumps(left)], stdout=subprocess.PIPE, text=True, cwd=HERE)
+        assert process.stdout is not None
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+        begun, answered, why = False, False, ""
+        while left and not why:
+            try:
+                line = lines.get(timeout=limit)
+            except queue.Empty:
+                why = f"no answer in {limit:.0f} s"
+                break
+            if line is None:
+                why = f"its process ended with status {process.wait()}"
+            elif line.startswith(BEGIN):
+                begun = True
+            elif line.startswith(RESULT):
+                begun, answered = False, True
+                left.pop(0)
+                yield Result.read(json.loads(line.removeprefix(RESULT)))
+        process.kill()
+        process.wait()
+        # One that ends between two cases, as after losing the GPU, has answered for the case that did it.
+        if left and (begun or not answered):
+            yield Result(left.pop(0), failed=why)
 
 
-def _errors(
-    operator: Callable[..., Any], reference: Callable[..., Any], arguments: Sequence[Any]
-) -> tuple[float, float]:
-    golden = _results(reference, [a.double() if _floating(a) else a for a in arguments], None)
-    seeds = [torch.randn_like(x) if _floating(x) else None for x in golden[0]]
-    golden = _results(reference, [a.double() if _floating(a) else a for a in arguments], seeds)
-    own = _results(operator, arguments, seeds)
-    eager = _results(reference, arguments, seeds)
-    return _distance(own, golden), _distance(eager, golden)
+def _read(stream: IO[str], lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
 
 
-def _results(
-    function: Callable[..., Any], arguments: Sequence[Any], seeds: Sequence[Tensor | None] | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and gradients of all floating arguments for the given seeds."""
-    leaves = [a.detach().requires_grad_(seeds is not None) if _floating(a) else a for a in arguments]
-    with torch.enable_grad():
-        out = function(*leaves)
-        outputs = list(out) if isinstance(out, tuple) else [out]
-        if seeds is None:
-            return outputs, []
-        pairs = [(o, s.to(o.dtype)) for o, s in zip(outputs, seeds, strict=True) if s is not None and o.requires_grad]
-        wanted = [leaf for leaf in leaves if _floating(leaf)]
-        ends, starts = zip(*pairs, strict=True)
-        found = torch.autograd.grad(ends, wanted, starts, allow_unused=True)
-    return [o.detach() for o in outputs], [g for g in found if g is not None]
-
-
-def _distance(found: tuple[list[Tensor], list[Tensor]], golden: tuple[list[Tensor], list[Tensor]]) -> float:
-    pairs = zip([*found[0], *found[1]], [*golden[0], *golden[1]], strict=True)
-    return max(
-        (
-            float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30))
-            for a, b in pairs
-            if b.is_floating_point() and b.numel()
-        ),
-        default=0.0,
-    )
-
-
-def _floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def show(results: Sequence[Result], console: Console) -> None:
-    table = Table("case", "runs", "error (eager's)", "time", "rivals", "GB/s", "TFLOP/s", "of roofline")
-    for r in results:
-        seconds = None if r.milliseconds is None else r.milliseconds / 1e3
-        rivals = ", ".join(f"{name} {ms:.3g} ms ({ms / (r.milliseconds or ms):.2f} ×)" for name, ms in r.rivals.items())
-        rates = (
-            ("–", "–") if seconds is None else (f"{r.nbytes / seconds / 1e9:.0f}", f"{r.flops / seconds / 1e12:.1f}")
-        )
-        table.add_row(
-            r.name,
-            r.implementation,
-            f"{'' if r.right else 'WRONG '}{r.error:.2g} ({r.eager_error:.2g})",
-            "–" if r.milliseconds is None else f"{r.milliseconds:.3g} ms",
-            rivals,
-            *rates,
-            "–" if r.share is None else f"{r.share:.0%}",
-        )
+def show(found: Sequence[Result], console: Console) -> None:
+    table = Table("case", "runs", "error (eager's)", "ms", "with backward", "rivals", "GB/s", "TFLOP/s", "of roofline")
+    for r in found:
+        if r.failed:
+            table.add_row(r.name, f"FAILED: {r.failed}")
+            continue
+        references = [f"{name}: {what}" for name, what in r.ran.items() if what != "kernel"]
+        errors = f"{'' if r.right else 'WRONG '}{r.error:.2g} ({r.eager_error:.2g})"
+        row = [r.name, "\n".join(references) or "kernels", errors]
+        if r.times is None:
+            table.add_row(*row, *["–"] * 6)
+            continue
+        own, seconds = r.times, r.times.forward / 1e3
+        rivals = [
+            f"{name} {_against(t.forward, own.forward)}; {_against(t.training, own.training)}"
+            for name, t in r.rivals.items()
+        ]
+        rivals += [f"{name}: {why}" for name, why in r.absent.items()]
+        share = f"{r.share:.0%} ({r.bound_by})"
+        rates = f"{r.nbytes / seconds / 1e9:.0f}", f"{r.flops / seconds / 1e12:.1f}"
+        table.add_row(*row, f"{own.forward:.3g}", _number(own.training), "\n".join(rivals), *rates, share)
     console.print(table)
+
+
+def _against(rival: float | None, own: float | None) -> str:
+    return _number(rival) + ("" if rival is None or own is None else f" ({rival / own:.2f} ×)")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def record(device: str, found: Sequence[Result], left: Sequence[str]) -> str:
+    """What is written."""
+    about = {"machine": machine("triton"), "device": device}
+    if device != "cpu":
+        bandwidth, flops = peaks()
+        about["peaks"] = {
+            "bytes_per_second": bandwidth,
+            "flops": flops,
+            "from": "data sheet" if sheet() else "measured",
+        }
+    measured = [{**asdict(r), "share": r.share} for r in found]
+    return json.dumps({**about, "cases": measured, "cases_left": list(left)}, indent=1) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="", help="regular expression on the cases' names; nothing is written")
+    parser.add_argument("--only", default="", help="regular expression on the cases' names")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="small sizes")
+    parser.add_argument(
+        "--out", type=Path, help="file to write; without it, a whole run on a GPU writes beside the others"
+    )
+    parser.add_argument("--bounds", action="store_true", help="write the table of least times into docs/kernels.md")
     given = parser.parse_args()
+    if given.bounds:
+        from engine import insert  # and all the rivals of that benchmark with it
+
+        insert(HERE.parent / "docs" / "kernels.md", "bounds", markdown())
+        return 0
     console = Console(width=200)
     if given.device == "cuda" and not torch.cuda.is_available():
         console.print("no GPU here: nothing is measured, and nothing written")
         return 1
-    results = []
-    for case in cases():
-        if re.search(given.only, case.name):
-            results.append(measure(case, given.device, given.small))
-            console.print(results[-1].name, results[-1].implementation, results[-1].right, highlight=False)
-    show(results, console)
-    if given.device == "cuda" and not given.only and not given.small:
-        name = torch.cuda.get_device_name().replace(" ", "_").lower()
-        record = {"machine": machine(), "device": torch.cuda.get_device_name(), "cases": [asdict(r) for r in results]}
-        (RESULTS / f"gpu_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if all(r.right for r in results) else 1
+    names = [case.name for case in cases() if re.search(given.only, case.name)]
+    device, out = "cpu", given.out
+    if given.device == "cuda":
+        device = torch.cuda.get_device_name()
+        if out is None and not given.only and not given.small:
+            out = HERE / "results" / f"gpu_{device.replace(' ', '_').lower()}.json"
+    command = [sys.executable, "-m", "gpu_work.measure", given.device, "small" if given.small else "full"]
+    found: list[Result] = []
+    for result in results(names, command, LIMIT):
+        found.append(result)
+        word = result.failed or ("right" if result.right else "WRONG")
+        console.print(f"{len(found)}/{len(names)} {result.name}: {word}", highlight=False, markup=False)
+        if out is not None:
+            out.write_text(record(device, found, names[len(found) :]))
+    show(found, console)
+    return 0 if all(r.right for r in found) else 1
 
 
 if __name__ == "__main__":

@@ -27,7 +27,17 @@ from rewriter.codegen.emit_templates import (
     names_in,
     specialised,
 )
-from rewriter.codegen.emit_text import LINE, config_text, entries_of, imports, literal, schema, signature, starred
+from rewriter.codegen.emit_text import (
+    LINE,
+    comment,
+    config_text,
+    entries_of,
+    imports,
+    literal,
+    schema,
+    signature,
+    starred,
+)
 from rewriter.facts import Facts, same_shape, same_size
 from rewriter.kernels.emitted.loading import MARK, digest
 from rewriter.rules import module_path, provenance
@@ -253,9 +263,9 @@ class _Writer:
         return f"""\
 # Emitted by rewriter.codegen.emitting, version {VERSION}. It runs without the generator; edits are refused by the hash.
 #
-# site      {site or "<root>"}
+# site      {comment(site) or "<root>"}
 # operator  {self.region.anchor.target}
-# rule      {rule}
+# rule      {comment(str(rule))}
 # fused     {fused}
 # formula   {formulas}
 {MARK}"""

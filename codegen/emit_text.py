@@ -25,6 +25,11 @@ def starred(path: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
+def comment(text: str) -> str:
+    """Text that stays in one line of a comment: names may come from files, and must not become code."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def literal(value: Any, names: Mapping[Node, str]) -> str:
     """An argument of a node as Python. Raises Unfit."""
     if isinstance(value, Node):

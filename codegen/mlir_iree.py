@@ -22,6 +22,16 @@ from rewriter.errors import ExportError
 _INPUT_TYPES = {"torch": "torch", "linalg-on-tensors": "auto", "stablehlo": "stablehlo", "tosa": "tosa"}
 _DEVICES = ("local-task", "local-sync")
 
+# -O3 without one of its parts. "Aggressive fusion" (from -O2 on; "all backends dont support it yet", says its help) puts
+# the producers of a padded or reduced tensor into one dispatch with it, which the CPU back end of IREE 3.13 then cannot
+# place: chunks of linear attention ("write affecting operations on global resources are restricted ..."), masks of
+# attention with dynamic sizes ("exceeded stack allocation limit").
+_FLAGS = (
+    "--iree-llvmcpu-target-cpu=host",
+    "--iree-opt-level=O3",
+    "--iree-dispatch-creation-enable-aggressive-fusion=false",
+)
+
 # numpy has no bfloat16: those tensors travel as 16-bit integers and are called by their name on both sides.
 _CARRIERS = {torch.bfloat16: torch.int16}
 _ELEMENTS = {
@@ -110,7 +120,7 @@ def compile_program(module: MlirModule, *, device: str = "local-task") -> IreePr
             module.bytecode,
             input_type=_INPUT_TYPES[module.dialect],
             target_backends=["llvm-cpu"],
-            extra_args=["--iree-llvmcpu-target-cpu=host", "--iree-opt-level=O3"],
+            extra_args=list(_FLAGS),
         )
     except compiler.tools.CompilerToolError as reason:
         raise failure(f"compile {module.dialect} by IREE", str(reason), module.origins, _status(reason)) from reason

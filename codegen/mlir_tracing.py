@@ -105,6 +105,7 @@ def trace(graph_module: fx.GraphModule, example: Sequence[Tensor], *, static: bo
         raise ExportError(f"the graph cannot be traced for MLIR: {_what(reason)}") from reason
     _drop_assertions(program.graph)
     _check_control_flow(program.graph)
+    _copy_weights_in_lists(program)
     return program
 
 
@@ -136,6 +137,23 @@ def _drop_assertions(graph: fx.Graph) -> None:
         if node.target in ASSERTIONS:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+
+
+def _copy_weights_in_lists(program: ExportedProgram) -> None:
+    """Read a weight that is an element of a list (``cat([weight, x])``) through a copy, which torch-mlir folds away.
+
+    Its importer knows weights as arguments of their own; in a list it takes one for a number and gives up.
+    """
+    given = set(program.graph_signature.user_inputs)
+    for weight in program.graph.find_nodes(op="placeholder"):
+        inside = [user for user in weight.users if any(isinstance(a, (list, tuple)) and weight in a for a in user.args)]
+        if weight.name in given or not inside:
+            continue
+        with program.graph.inserting_before(inside[0]):
+            copy = program.graph.call_function(torch.ops.aten.clone.default, (weight,))
+        copy.meta = dict(inside[0].meta) | {"val": weight.meta["val"]}
+        for user in inside:
+            user.replace_input_with(weight, copy)
 
 
 def _check_control_flow(graph: fx.Graph) -> None:

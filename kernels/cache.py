@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,22 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def merge_json(path: Path, entries: Mapping[str, Any]) -> None:
+    """Add to the object in a file, which is made if need be. Writers wait for each other, so that nothing gets lost."""
+    with _locked(path.with_suffix(".lock")):
+        write(path, json.dumps({**read_json(path), **entries}, indent=1, sort_keys=True).encode())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """No other process is inside. Without locks (Windows), the last of two writers at once may undo the other's entry."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Config:
     num_stages: int = 2
     only: str | None = None
 
-    @property
+    @cached_property
     def text(self) -> str:
         """``BM=16, BN=64, 4 warps, 3 stages``."""
         constants = [f"{name}={value}" for name, value in self.constants.items()]

@@ -68,7 +68,7 @@ def report(report: Report) -> RenderableType:
     parts += _sites(report.sites)
     parts += [misses(report.misses), _sizes(report)]
     if report.code:
-        parts += [heading(f"runs on {report.device}"), *code(report.code)]
+        parts += [heading(f"runs on {report.device}"), *_code(report.code)]
     if report.measurements:
         parts.append(_measurements(report.measurements))
     if not report.calibrated and any(s.contract.startswith("CALIBRATED") for s in report.sites):
@@ -178,10 +178,11 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------ code
 
 _CODE_STYLE = {"reference": "yellow"}
+_WHY = {"reference": "runs its reference", "emitted": "fuses no more"}
 
 
-def code(found: Sequence[SiteCode]) -> Iterator[RenderableType]:
-    """What runs where, sites that run the same in one row; then why, where that was asked."""
+def _code(found: Sequence[SiteCode]) -> Iterator[RenderableType]:
+    """What runs where, sites that run the same in one row; then why some run their reference, or unfused."""
     rows = table("sites", "operator", "code")
     alike: dict[tuple[str, ...], list[SiteCode]] = {}
     for one in found:
@@ -189,7 +190,7 @@ def code(found: Sequence[SiteCode]) -> Iterator[RenderableType]:
     for members in alike.values():
         add(rows, Group(*code_sites(members)), code_operator(members[0]), code_source(members[0]))
     yield rows
-    yield from code_reasons(found)
+    yield from code_reasons(one for one in found if not (one.fused and one.code == "emitted"))
 
 
 def code_sites(members: Sequence[SiteCode]) -> Iterator[RenderableType]:
@@ -209,16 +210,16 @@ def code_source(one: SiteCode) -> RenderableType:
 
 
 def code_reasons(found: Iterable[SiteCode]) -> Iterator[RenderableType]:
-    """Why sites run their reference, and why no more is fused into others."""
+    """Why sites run their reference, and why nothing, or no more, is fused into others."""
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for one in found:
         if one.why:
-            what = "runs its reference" if one.code == "reference" else "fuses no more"
+            what = _WHY.get(one.code, "runs unfused")
             why = re.sub(r"\.\d+(?=\.|:| |$)", ".*", one.why)  # of equal layers
             grouped.setdefault((one.operator, what, why), []).append(one.site or "<root>")
     for (operator, what, why), sites in grouped.items():
         where = ", ".join(f"{path} {times(count)}".strip() for path, count in spans(sites))
-        style = "yellow" if what == "runs its reference" else "dim"
+        style = "yellow" if what == _WHY["reference"] else "dim"
         yield Flowing(f"{operator} {what}: {why} ({where})", after=" .{", style=style)
 
 

@@ -6,7 +6,7 @@ every attention was rewritten into an operator that goes on from a state (`rewri
 rewritten *graph* can do the same: captured with positions as an input, each such operator is given its state as a
 further input and asked for the next one, and masks, which nothing reads any longer, fall away.
 
-That holds only if no other operator looks from one position of the sequence to another, which `_check` proves by shapes.
+That holds only if no other operator looks from one position of the sequence to another, which `_check` finds by shapes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import sympy
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
@@ -32,9 +33,16 @@ from rewriter.rules import provenance
 from rewriter.schemas import named_arguments
 from rewriter.straightline import straight
 
-# Operators that look along a dimension without changing its size, or number its positions.
-_ALONG = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "sort", "argsort", "flip", "roll"})
-_NUMBERING = frozenset({"arange", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "linspace", "tril", "triu"})
+# Operators besides pointwise ones and our own that may be told by the shapes of their results to compute each position
+# from itself alone: a place that is moved keeps its size, and sums over the sequence, or parts of it, have another one.
+_MOVING = frozenset(
+    "alias cat chunk clone contiguous detach dropout expand expand_as flatten permute repeat repeat_interleave reshape "
+    "select slice split split_with_sizes squeeze stack t to transpose unbind unflatten unsqueeze view view_as".split()
+)
+_ROWWISE = frozenset(
+    "addmm amax amin baddbmm bmm embedding layer_norm linear matmul mean mm native_layer_norm rms_norm sum sym_size".split()
+)
+_ALONG = frozenset(("softmax", "_softmax", "log_softmax", "_log_softmax"))  # the same, but along one dimension
 
 Layers = Mapping[int, tuple[Tensor, ...]]
 
@@ -197,7 +205,7 @@ def _recurrence(node: Node) -> Recurrence | None:
 
 
 def _check(graph: Graph, length: Any) -> None:
-    """Every operator without a state computes each position of the sequence from that position alone.
+    """Every operator without a state computes each position of the sequence from that position alone, by its shapes.
 
     Raises:
         PlanError: names the first that is not known to.
@@ -206,18 +214,25 @@ def _check(graph: Graph, length: Any) -> None:
         raise PlanError(f"the model was captured for sequences of {length} tokens and no others")
     symbol = length.node.expr
     for node in graph.nodes:
-        if node.op != "call_function" or _recurrence(node) is not None:
-            continue
-        value = node.meta.get("val")
-        name = node.target._schema.name.partition("::")[2] if isinstance(node.target, OpOverload) else ""
-        tensors = [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
-        reads = any(_places(x.meta.get("val"), symbol) for x in node.all_input_nodes if _recurrence(x) is None)
-        for tensor in tensors:
-            along = _places(tensor, symbol)
-            lost = reads and not along
-            sums = any(_expression(tensor.shape[d]).is_Add for d in along)
-            if name in _NUMBERING or len(along) > 1 or lost or sums or (name in _ALONG and _dim(node, tensor) in along):
-                raise PlanError(f"{node.name} ({node.target}) may look from one token to another and has no state")
+        if node.op == "call_function" and _recurrence(node) is None and not _is_apart(node, symbol):
+            raise PlanError(f"{node.name} ({node.target}) may look from one token to another and has no state")
+
+
+def _is_apart(node: Node, symbol: Any) -> bool:
+    if not isinstance(node.target, OpOverload):
+        return True  # sizes, and results taken apart
+    value, name = node.meta.get("val"), node.target._schema.name.partition("::")[2]
+    known = torch.Tag.pointwise in node.target.tags or node.target in REGISTRY or name in _MOVING | _ROWWISE | _ALONG
+    reads = any(_places(x.meta.get("val"), symbol) for x in node.all_input_nodes)
+    if not reads and symbol not in _symbols(value):
+        return True  # nothing of the sequence
+    for tensor in (t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)):
+        along = _places(tensor, symbol)
+        if len(along) != 1 or _expression(tensor.shape[along[0]]).is_Add:
+            return False
+        if name in _ALONG and int(named_arguments(node)["dim"]) % tensor.dim() in along:
+            return False
+    return known
 
 
 def _places(value: Any, symbol: Any) -> list[int]:
@@ -228,11 +243,9 @@ def _places(value: Any, symbol: Any) -> list[int]:
 
 
 def _expression(size: Any) -> Any:
-    import sympy
-
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
-def _dim(node: Node, tensor: Tensor) -> int:
-    dim = named_arguments(node).get("dim", 0)
-    return int(dim) % tensor.dim() if isinstance(dim, int) else 0
+def _symbols(value: Any) -> set[Any]:
+    tensors = [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
+    return {symbol for t in tensors for size in t.shape for symbol in _expression(size).free_symbols}

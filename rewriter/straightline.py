@@ -53,7 +53,9 @@ class _Line(NamedTuple):
 
 
 @torch.no_grad()
-def straight(graph: Graph, varying: Mapping[str, Tensor], fixed: Mapping[str, Any]) -> Callable[..., tuple[Tensor, ...]]:
+def straight(
+    graph: Graph, varying: Mapping[str, Tensor], fixed: Mapping[str, Any]
+) -> Callable[..., tuple[Tensor, ...]]:
     """The function of a graph, ``(*tensors of varying, in its order) -> outputs``.
 
     Args:
@@ -207,11 +209,11 @@ def _is_same(one: Any, other: Tensor) -> bool:
     """The same elements of the same memory."""
     if one is other:
         return True
-    return (
-        other.numel() > 0
-        and one.data_ptr() == other.data_ptr()
-        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
-    )
+    return other.numel() > 0 and one.data_ptr() == other.data_ptr() and _form(one) == _form(other)
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype
 
 
 def _below_dispatcher(node: Node, tensors: Collection[Tensor]) -> Callable[..., Any]:
@@ -244,7 +246,7 @@ def _binding(target: Any, function: Any, real: Any, expected: Tensor) -> Any:
             value = candidate(*real[0], **real[1])
         except (TypeError, ValueError, RuntimeError):
             continue  # takes its arguments in another form
-        if isinstance(value, Tensor) and value.stride() == expected.stride() and torch.equal(value, expected):
+        if isinstance(value, Tensor) and _form(value) == _form(expected) and torch.equal(value, expected):
             return candidate
     return function
 

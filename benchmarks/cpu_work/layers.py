@@ -12,7 +12,7 @@ from timing import Call
 from torch import Tensor
 
 from cpu_work.work import OURS, Work, rotating
-from rewriter.kernels.cross_entropy.op import linear_cross_entropy
+from rewriter.kernels.cross_entropy.op import linear_cross_entropy_reduced
 from rewriter.kernels.shift_add import op as shift_add
 from rewriter.kernels.tversky import op as tversky
 from rewriter.passes.fuse.loss import CHUNK
@@ -97,7 +97,7 @@ def loss_call(positions: int, backward: bool) -> Mapping[str, Call]:
     target = torch.randint(0, CLASSES, (positions,))
 
     def fused() -> None:
-        loss = linear_cross_entropy(x, weight, None, target, None, -100, 0.0, None, CHUNK)[0].mean()
+        loss = linear_cross_entropy_reduced(x, weight, None, target, None, -100, 0.0, None, "mean", CHUNK)
         if backward:
             torch.autograd.grad(loss, (x, weight))
 

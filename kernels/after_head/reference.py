@@ -120,7 +120,8 @@ def tiers_topk(
     """The k largest logits and their tokens, largest first, of equals the smaller token first.
 
     Of each code only the k largest biases can be among them, and only of the k codes whose best token is best: k²
-    candidates (all V tokens where that is not more). h ``[..., d]`` -> values ``[..., k]`` in h's dtype, tokens int64.
+    candidates (all V tokens where that is not more). Tokens of one code whose logits differ only before they are rounded
+    count as different here. h ``[..., d]`` -> values ``[..., k]`` in h's dtype, tokens int64.
     ``stable=False`` leaves the order of equals to a sort that is known to keep it (ONNX's, which has no such option).
     """
     tokens, codes = code_of.shape[0], codebook.shape[0]

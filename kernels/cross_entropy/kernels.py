@@ -8,7 +8,8 @@
 Few positions fill few programs, so the classes are dealt out to several (`partial_losses`), whose maximum, sum, l_y and
 Σ m l a second kernel puts together in a fixed order (`losses`): the result does not depend on who came first. The way back
 makes the gradient of the logits for some classes at a time (`logit_gradients`), from tiles computed anew; the two matrix
-products that follow are the vendor's.
+products that follow are the vendor's. Where the losses are summed, logits of some positions are the vendor's product, and
+`losses_and_gradients` overwrites them with their gradients: nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ def tanh(x):
     small = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - small) / (1.0 + small)
     return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def capped(logits, softcap):
+    """c tanh(l / c), or l without a cap."""
+    if softcap is None:
+        return logits
+    else:
+        return softcap * tanh(logits / softcap)
 
 
 @triton.jit
@@ -55,9 +65,7 @@ def logit_tile(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0)
         acc += bias.to(x_ptr.dtype.element_ty).to(tl.float32)[None, :]
-    if softcap is not None:
-        acc = softcap * tanh(acc / softcap)
-    return acc
+    return capped(acc, softcap)
 
 
 @triton.jit
@@ -180,8 +188,8 @@ def logit_gradients(
         x_row, x_feature, weight_row, weight_feature, BM, BN, BK, PRECISION,
     )  # fmt: skip
     target = tl.load(target_ptr + rows, mask=row_inside, other=ignore_index)
-    counted = target != ignore_index
-    kept = tl.where(counted, tl.load(grad_ptr + rows, mask=row_inside, other=0.0), 0.0)
+    counted = target != ignore_index  # nothing is outside
+    kept = tl.load(grad_ptr + rows, mask=counted, other=0.0)
     log_z = tl.load(log_z_ptr + rows, mask=row_inside, other=0.0)
     # ∂l_i = (g ((1 − ε) m_y + ε/V Σ_j m_j) + z) exp(l_i − log Z) − g (1 − ε) m_y [i = y] − g ε/V m_i
     to_loss = (1.0 - smoothing) * kept
@@ -209,3 +217,56 @@ def logit_gradients(
         tl.store(to_class_ptr + block + columns, tl.sum(each * missing, 0), mask=column_inside)
     place = rows.to(tl.int64)[:, None] * (last - first) + (columns - first)[None, :]
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def losses_and_gradients(
+    logits_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, loss_ptr,
+    classes, ignore_index, smoothing, softcap, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Losses, and the gradient of their sum in place of the logits ``[positions, classes]``. Grid: one position each.
+
+    A row is read twice, for what it sums to and for its gradients; BM is 1, for the sake of `running`.
+    """
+    row = tl.program_id(0)
+    logits_row = logits_ptr + row.to(tl.int64) * classes
+    target = tl.load(target_ptr + row)
+    counted = target != ignore_index
+    maximum = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    picked = tl.zeros([BM], tl.float32)
+    smooth = tl.zeros([BM], tl.float32)
+    for start in range(0, classes, BN):
+        columns = start + tl.arange(0, BN)
+        inside = columns < classes
+        logits = capped(tl.load(logits_row + columns, mask=inside, other=0.0).to(tl.float32), softcap)[None, :]
+        maximum, total = running(maximum, total, tl.where(inside[None, :], logits, float("-inf")))
+        picked += tl.sum(tl.where((columns == target)[None, :], logits, 0.0), 1)
+        if smoothing > 0:
+            weighted = tl.where(inside[None, :], logits, 0.0)
+            if class_weight_ptr is not None:
+                weighted *= tl.load(class_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            smooth += tl.sum(weighted, 1)
+    log_z = logsumexp(maximum, total)
+    m = class_weights(class_weight_ptr, target, classes, counted)
+    every = all_weights(weight_sum_ptr, classes)
+    loss = (1.0 - smoothing) * m * (log_z - picked) + smoothing * (log_z * every - smooth) / classes
+    tl.store(loss_ptr + row + tl.arange(0, BM), tl.where(counted, loss, 0.0))
+    # ∂l_i = ((1 − ε) m_y + ε/V Σ_j m_j) exp(l_i − log Z) − (1 − ε) m_y [i = y] − ε/V m_i
+    to_own = (1.0 - smoothing) * m
+    to_each = smoothing / classes
+    for start in range(0, classes, BN):
+        columns = start + tl.arange(0, BN)
+        inside = columns < classes
+        logits = capped(tl.load(logits_row + columns, mask=inside, other=0.0).to(tl.float32), softcap)[None, :]
+        acc = (to_own + to_each * every) * tl.exp(logits - log_z[:, None])
+        acc -= tl.where((columns == target)[None, :], to_own, 0.0)
+        if class_weight_ptr is None:
+            acc -= to_each
+        else:
+            acc -= to_each * tl.load(class_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if softcap is not None:
+            ratio = logits / softcap
+            acc *= 1.0 - ratio * ratio
+        acc = tl.where(counted, acc, 0.0).to(logits_ptr.dtype.element_ty)
+        tl.store(logits_row[None, None] + columns[None, :], acc, mask=inside[None, :])

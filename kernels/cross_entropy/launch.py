@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from rewriter.kernels.cross_entropy import kernels
-from rewriter.kernels.cross_entropy.gradient import Gradients
-from rewriter.kernels.cross_entropy.reference import Pair, check
+from rewriter.kernels.cross_entropy.gradient import Gradients, Summed
+from rewriter.kernels.cross_entropy.reference import Pair, block_rows, check, check_reduction, reduced
 from rewriter.kernels.launching import Config, Grid, Shipped, Unsupported, launch, precision
 
 _ROWS = 128  # positions per program
@@ -34,6 +35,7 @@ _HALF_NARROW = (
 )
 # Products in float32 are no matrix instructions (unless TF32 is allowed): smaller tiles, more threads for each.
 _SINGLE = (Config({"BN": 64, "BK": 32}, 8, 2),)
+_WHOLE_ROWS = (Config({"BN": 4096}, 8, 2), Config({"BN": 2048}, 4, 2))
 
 
 def linear_cross_entropy(
@@ -75,6 +77,26 @@ def linear_cross_entropy(
         (Config({"BM": 128}, 4, 1),),
     )
     return loss, log_z
+
+
+def linear_cross_entropy_reduced(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    reduction: str,
+    chunk: int,
+) -> Tensor:
+    """As the reference."""
+    check_reduction(reduction)
+    losses, _ = linear_cross_entropy(
+        x, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap, chunk
+    )
+    return reduced(losses.sum(), target, class_weight, ignore_index, reduction)
 
 
 def linear_cross_entropy_backward(
@@ -126,6 +148,57 @@ def linear_cross_entropy_backward(
         x.new_empty(0) if to_weight is None else to_weight,
         x.new_empty(0) if to_bias is None or bias is None else to_bias.sum(0).to(bias.dtype),
         x.new_empty(0) if to_class is None or class_weight is None else to_class.sum(0).to(class_weight.dtype),
+    )
+
+
+def linear_cross_entropy_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    chunk: int,
+    needed: Sequence[bool],
+) -> Summed:
+    """As the reference; logits of `block_rows` positions exist at a time, in the dtype of x."""
+    check(x, weight, bias, target, class_weight, label_smoothing, softcap, chunk)
+    _refuse(x, weight)
+    flat, which = x.reshape(x.shape[:-1].numel(), x.shape[-1]), target.reshape(-1).contiguous()
+    count, classes = flat.shape[0], weight.shape[0]
+    narrow, offsets = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    losses = flat.new_empty(count, dtype=torch.float32)
+    to_x = flat.new_empty(flat.shape, dtype=torch.float32) if needed[0] else None
+    to_weight = flat.new_zeros(weight.shape, dtype=torch.float32) if needed[1] else None
+    to_bias = flat.new_zeros(classes, dtype=torch.float32) if needed[2] else None
+    fixed = {
+        "class_weight_ptr": _dense(class_weight), "weight_sum_ptr": _weight_sum(class_weight), "classes": classes,
+        "ignore_index": ignore_index, "smoothing": label_smoothing, "softcap": softcap,
+    }  # fmt: skip
+    rows = block_rows(classes, chunk)
+    for first in range(0, count, rows):
+        block = slice(first, min(first + rows, count))
+        part = F.linear(flat[block], narrow, offsets)
+        launch(
+            kernels.losses_and_gradients,
+            lambda constants, number=block.stop - first: (number,),
+            {**fixed, "logits_ptr": part, "target_ptr": which[block], "loss_ptr": losses[block]},
+            {"BM": 1},
+            _WHOLE_ROWS,
+        )
+        if to_x is not None:
+            to_x[block] = part @ narrow
+        if to_weight is not None:
+            to_weight += part.t() @ flat[block]
+        if to_bias is not None:
+            to_bias += part.sum(0, dtype=torch.float32)
+    return (
+        losses.sum(),
+        flat.new_empty(0, dtype=torch.float32) if to_x is None else to_x.reshape(x.shape),
+        flat.new_empty(0, dtype=torch.float32) if to_weight is None else to_weight,
+        flat.new_empty(0, dtype=torch.float32) if to_bias is None else to_bias,
     )
 
 
@@ -183,6 +256,10 @@ def _gradient_arguments(dtype: torch.dtype, full: bool = False) -> list[Any]:
     return [per_position, per_position, *args[:5], per_position, *args[5:], [True, True, full, full]]
 
 
+def _sum_arguments(dtype: torch.dtype, full: bool = False) -> list[Any]:
+    return [*_arguments(dtype, full), [True, True, full]]
+
+
 SHIPPED: tuple[Shipped, ...] = (
     Shipped("linear_cross_entropy bf16", linear_cross_entropy, lambda: _arguments(torch.bfloat16)),
     Shipped("linear_cross_entropy fp16, every option", linear_cross_entropy, lambda: _arguments(torch.float16, True)),
@@ -201,4 +278,12 @@ SHIPPED: tuple[Shipped, ...] = (
         lambda: _gradient_arguments(torch.float32),
         "none",
     ),
+    Shipped("linear_cross_entropy_sum bf16", linear_cross_entropy_sum, lambda: _sum_arguments(torch.bfloat16), "none"),
+    Shipped(
+        "linear_cross_entropy_sum fp16, every option",
+        linear_cross_entropy_sum,
+        lambda: _sum_arguments(torch.float16, True),
+        "none",
+    ),
+    Shipped("linear_cross_entropy_sum fp32", linear_cross_entropy_sum, lambda: _sum_arguments(torch.float32), "none"),
 )

@@ -20,7 +20,7 @@ from rewriter.kernels.cross_entropy.gradient import Summed, gradients
 from rewriter.kernels.cross_entropy.position_op import linear_cross_entropy
 from rewriter.kernels.cross_entropy.reference import loss_dtype
 from rewriter.kernels.spec import REGISTRY, Cost, KernelSpec
-from rewriter.kernels.vq_logits.shared import positions, tensor_bytes
+from rewriter.kernels.vq_logits.shared import positions
 
 _TENSORS = 5  # arguments before the options: x, weight, bias, target, class weights
 
@@ -37,10 +37,17 @@ def _sum_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Sum
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Summed) -> None:
+    *ctx.options, ctx.needed = inputs[_TENSORS:]
+    for place, need in zip((0, 1, 2, 4), (*ctx.needed, False), strict=True):
+        if ctx.needs_input_grad[place] and not need:
+            name = ("x", "weight", "bias", "target", "class_weight")[place]
+            raise RuntimeError(
+                f"linear_cross_entropy_sum was not asked for the gradient of {name}, which requires one: say so in needed,"
+                " or call linear_cross_entropy_reduced, which decides by itself"
+            )
     ctx.set_materialize_grads(False)  # the gradients' own would be zeros as large as they are
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
-    *ctx.options, ctx.needed = inputs[_TENSORS:]
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -68,8 +75,8 @@ def _sum_cost(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Cos
     *arguments, needed = rest
     loss = REGISTRY[linear_cross_entropy].cost(x, weight, bias, *arguments)
     asked = [like for like, need in zip((x, weight, bias), needed, strict=True) if need and like is not None]
-    products = sum(2 * weight.numel() for like in asked if like.dim() > 1 or like is x)
-    flops = positions(x) * (products + (3 * weight.shape[0] if asked else 0))
+    products = bool(needed[0]) + bool(needed[1])
+    flops = positions(x) * (2 * products * weight.numel() + 3 * bool(asked) * weight.shape[0])
     size = loss_dtype(x).itemsize
     return Cost(loss.flops + flops, loss.bytes_read, size * (1 + sum(like.numel() for like in asked)))
 
@@ -86,7 +93,10 @@ linear_cross_entropy_sum: OpOverload = KernelSpec(
     backward=_backward,
     cost=_sum_cost,
     autocast=("x",),
-    implementations={"cpu": "rewriter.kernels.cross_entropy.summed:linear_cross_entropy_sum"},
+    implementations={
+        "cpu": "rewriter.kernels.cross_entropy.summed:linear_cross_entropy_sum",
+        "cuda": "rewriter.kernels.cross_entropy.launch:linear_cross_entropy_sum",
+    },
 ).register()
 
 
@@ -107,7 +117,8 @@ def _composite(
     arguments = (x, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap, chunk)
     needed = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, weight, bias)]
     # The sum has no gradient for class weights, and no batching rule.
-    whole = class_weight is not None and class_weight.requires_grad or torch._C._are_functorch_transforms_active()
+    learns = class_weight is not None and class_weight.requires_grad
+    whole = learns or torch._C._are_functorch_transforms_active()
     if any(needed) and not whole:
         total = linear_cross_entropy_sum(*arguments, needed)[0]
     else:

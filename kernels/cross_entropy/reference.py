@@ -26,6 +26,7 @@ from rewriter.kernels.after_head.shared import check_linear, check_smoothing
 from rewriter.kernels.vq_logits.shared import check_per_token, check_target
 
 Pair = tuple[Tensor, Tensor]
+_AT_ONCE, _ROWS = 4096, 128
 
 
 def loss_dtype(x: Tensor) -> torch.dtype:
@@ -166,6 +167,14 @@ class Targets:
         """l_y ``[...]`` where the class is in this chunk of logits, else 0."""
         inside, local = self.place(logits, start)
         return torch.where(inside, logits.gather(-1, local), 0.0).squeeze(-1)
+
+
+def block_rows(classes: int, chunk: int) -> int:
+    """Positions at a time where all classes are at once: as many logits as `_AT_ONCE` positions have in a chunk of classes.
+
+    Products of fewer than `_ROWS` positions would read the weight more often than they use it.
+    """
+    return max(_ROWS, _AT_ONCE * chunk // classes)
 
 
 def check_reduction(reduction: str) -> None:

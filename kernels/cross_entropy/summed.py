@@ -23,10 +23,7 @@ from torch import Tensor
 
 from rewriter.kernels.cross_entropy.blocked import add_product
 from rewriter.kernels.cross_entropy.gradient import Summed
-from rewriter.kernels.cross_entropy.reference import Targets, check, loss_dtype
-
-_AT_ONCE = 4096  # a block has as many logits as this many positions have in a chunk of classes
-_ROWS = 128  # positions of a block at least: products of fewer read the weight more often than they use it
+from rewriter.kernels.cross_entropy.reference import Targets, block_rows, check, loss_dtype
 
 
 def linear_cross_entropy_sum(
@@ -58,7 +55,7 @@ def linear_cross_entropy_sum(
     to_x = torch.empty(kept.shape, dtype=wide) if needed[0] else None
     to_weight = torch.zeros(weight.shape, dtype=wide) if needed[1] else None
     to_bias = torch.zeros(classes, dtype=wide) if needed[2] else None
-    for rows, logits in _blocks(kept, narrow_weight, bias, max(_ROWS, _AT_ONCE * chunk // classes)):
+    for rows, logits in _blocks(kept, narrow_weight, bias, block_rows(classes, chunk)):
         slope = None
         if softcap is not None:
             logits.div_(softcap).tanh_()

@@ -17,28 +17,8 @@
 // more, and nothing beyond a row's end is ever read. A state head is one thread's work from the first to the last
 // position, so that results do not depend on the number of threads.
 
-#include "blocks.h"
-
-// -- what Python hands over; `native.py` has the same structures ----------------------------------------------------
-
-extern "C" {
-
-struct Call {
-  Rows q, k, v, q_map, k_map;      // the new tokens
-  Rows past_k, past_v, past_map;   // `before` positions before them
-  const uint8_t *keep, *past_keep;  // [batch, time]; null: no padding
-  const float *gate, *map_scale;   // [heads]; null: 1
-  const float* decay;              // log decays by position, the past's first; null: none
-  int64_t decay_batch, decay_head, decay_row;
-  const float *state, *normaliser;  // [batch, states, F, Dv], [batch, states, F]; null: zeros
-  float *out, *state_out, *normaliser_out;  // out [batch, heads, time, Dv]
-  void *k_left, *v_left, *map_left;         // the last window − 1 positions, dtypes as they came; null: not wanted
-  uint8_t* keep_left;
-  int64_t batch, heads, states, length, before, window, absolute, normalise, threads;
-  float scale, map_factor;         // of the scores; of the features of every query
-};
-
-}  // extern "C"
+#include "call.h"
+#include "step.h"
 
 namespace {
 
@@ -95,35 +75,6 @@ struct Scratch {
 };
 
 thread_local Scratch scratch;
-
-// Whether there is a token at a position; the past's come first
-bool kept(const Call& c, int64_t batch, int64_t position) {
-  if (position < 0) return false;
-  if (position < c.before) return !c.past_keep || c.past_keep[batch * c.before + position];
-  return !c.keep || c.keep[batch * c.length + position - c.before];
-}
-
-// The last window − 1 positions of one head, zeros where there is none
-void leave(const Call& c, int64_t batch, int64_t head, const Rows& now, const Rows& past, void* left) {
-  const int64_t slots = c.window - 1, bytes = now.width * (now.type == 0 ? 4 : 2);
-  char* to = static_cast<char*>(left) + (batch * now.heads + head) * slots * bytes;
-  for (int64_t slot = 0; slot < slots; ++slot, to += bytes) {
-    const int64_t position = c.before + c.length - slots + slot;
-    if (!kept(c, batch, position)) std::memset(to, 0, bytes);
-    else if (position < c.before) std::memcpy(to, at(past, batch, head, now.heads, position), bytes);
-    else std::memcpy(to, at(now, batch, head, now.heads, position - c.before), bytes);
-  }
-}
-
-void leave_all(const Call& c) {
-  for (int64_t batch = 0; batch < c.batch; ++batch) {
-    for (int64_t h = 0; h < c.k.heads; ++h) leave(c, batch, h, c.k, c.past_k, c.k_left);
-    for (int64_t h = 0; h < c.v.heads; ++h) leave(c, batch, h, c.v, c.past_v, c.v_left);
-    for (int64_t h = 0; c.map_left && h < c.k_map.heads; ++h) leave(c, batch, h, c.k_map, c.past_map, c.map_left);
-    for (int64_t slot = 0; slot < c.window - 1; ++slot)
-      c.keep_left[batch * (c.window - 1) + slot] = kept(c, batch, c.before + c.length - (c.window - 1) + slot);
-  }
-}
 
 struct Head {
   const Call& c;
@@ -312,14 +263,16 @@ extern "C" void windowed_linear_attention(const Call* call) {
   const int64_t units = c.batch * c.states * split, each = group / split;
   if (!units) return;
   advise(c.out, c.batch * c.heads * c.length * c.v.width);
+  const bool one = c.length == 1 && Step::fits(c);
 #pragma omp parallel num_threads(std::min(c.threads, units))
   {
-    scratch.fit(c);
+    if (!one) scratch.fit(c);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < units; ++unit) {
-      const int64_t owner = unit / split, part = unit % split, state = owner % c.states;
+      const int64_t owner = unit / split, part = unit % split, batch = owner / c.states, state = owner % c.states;
       const int64_t first = state * group + part * each;
-      Head{c, scratch, owner / c.states, state, std::max<int64_t>(c.window - 1, 0)}.run(first, first + each, part == 0);
+      if (one) Step{c, batch, state}.run(first, first + each, part == 0);
+      else Head{c, scratch, batch, state, std::max<int64_t>(c.window - 1, 0)}.run(first, first + each, part == 0);
     }
   }
   if (c.keep_left) leave_all(c);

@@ -65,33 +65,40 @@ inline Vec exponential(Vec x) {
   return x > 88.0f ? all(INFINITY) : y;
 }
 
-// C[TILE_ROWS][V·LANES] (+)= Σ_k A(m, k) B[k][·];  A(m, k) = a[m·am + k·ak]
-template <int V>
+// C[M][V·LANES] (+)= Σ_k A(m, k) B[k][·];  A(m, k) = a[m·am + k·ak]
+template <int M, int V>
 void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
           bool add) {
-  Vec sum[TILE_ROWS][V] = {};
+  Vec sum[M][V] = {};
   for (int64_t k = 0; k < depth; ++k, a += ak, b += ldb) {
     Vec row[V];
     for (int v = 0; v < V; ++v) row[v] = load(b + v * LANES);
-    for (int m = 0; m < TILE_ROWS; ++m) {
+    for (int m = 0; m < M; ++m) {
       Vec x = all(a[m * am]);
       for (int v = 0; v < V; ++v) sum[m][v] += x * row[v];
     }
   }
-  for (int m = 0; m < TILE_ROWS; ++m)
+  for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
       float* to = c + m * ldc + v * LANES;  // added last: long sums are sums of blocks' sums
       store(to, add ? load(to) + sum[m][v] : sum[m][v]);
     }
 }
 
-// rows: a multiple of TILE_ROWS, columns: of LANES
+// rows: one, or a multiple of TILE_ROWS; columns: of LANES
 inline void product(const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
              int64_t columns, int64_t depth, bool add) {
+  if (rows == 1) {  // as many sums at a time as hide the latency of an addition
+    int64_t n = 0;
+    for (; columns - n >= 8 * LANES; n += 8 * LANES) tile<1, 8>(a, am, ak, b + n, ldb, c + n, ldc, depth, add);
+    for (; columns - n >= 4 * LANES; n += 4 * LANES) tile<1, 4>(a, am, ak, b + n, ldb, c + n, ldc, depth, add);
+    for (; n < columns; n += LANES) tile<1, 1>(a, am, ak, b + n, ldb, c + n, ldc, depth, add);
+    return;
+  }
   for (int64_t n = 0; n < columns; n += 2 * LANES)
     for (int64_t m = 0; m < rows; m += TILE_ROWS)
-      if (columns - n >= 2 * LANES) tile<2>(a + m * am, am, ak, b + n, ldb, c + m * ldc + n, ldc, depth, add);
-      else tile<1>(a + m * am, am, ak, b + n, ldb, c + m * ldc + n, ldc, depth, add);
+      if (columns - n >= 2 * LANES) tile<TILE_ROWS, 2>(a + m * am, am, ak, b + n, ldb, c + m * ldc + n, ldc, depth, add);
+      else tile<TILE_ROWS, 1>(a + m * am, am, ak, b + n, ldb, c + m * ldc + n, ldc, depth, add);
 }
 
 // to[f][r] = from[r][f] for LANES rows, by log₂ LANES perfect shuffles of rows; f: a multiple of LANES

@@ -49,12 +49,12 @@ def unit_lower_inverse(strict, BT: tl.constexpr, DOUBLINGS: tl.constexpr):
 
 @triton.jit
 def chunk_inverses_kernel(
-    k_ptr, beta_ptr, g_ptr, keep_ptr, inverses_ptr,
+    k_ptr, beta_ptr, g_ptr, keep_ptr, inverses_ptr, raw_ptr,
     k_b, k_h, k_t, beta_b, beta_h, beta_t, g_b, g_h, g_t, keep_b,
     heads, length, chunks, features, k_share, beta_share, g_share,
     DECAY: tl.constexpr, BT: tl.constexpr, DOUBLINGS: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T of every chunk, float32 ``[B, Hs, N, BT, BT]``. Grid: (B · Hs, chunks)."""
+    """T of every chunk, float32 ``[B, Hs, N, BT, BT]``, and the inverse in it if wanted. Grid: (B · Hs, chunks)."""
     row, batch, head = place(tl.program_id(0), heads)
     n, order = tl.program_id(1), tl.arange(0, BT)
     rows = n * BT + order
@@ -72,9 +72,11 @@ def chunk_inverses_kernel(
         g = step_decays(g_ptr + batch * g_b + (head // g_share).to(tl.int64) * g_h, g_t, rows, real)
         products *= pair_weights(tl.cumsum(g, 0), earlier)
     strict = tl.where(earlier, products * beta[:, None], 0.0)
-    inverse = unit_lower_inverse(strict, BT, DOUBLINGS) * beta[None, :]
-    base = inverses_ptr + (row * chunks + n) * BT * BT
-    store_tile(base, BT, order, order < BT, order, BT, inverse)
+    inverse = unit_lower_inverse(strict, BT, DOUBLINGS)
+    chunk = (row * chunks + n) * BT * BT
+    store_tile(inverses_ptr + chunk, BT, order, order < BT, order, BT, inverse * beta[None, :])
+    if raw_ptr is not None:
+        store_tile(raw_ptr + chunk, BT, order, order < BT, order, BT, inverse)
 
 
 @triton.jit

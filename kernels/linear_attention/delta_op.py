@@ -96,7 +96,13 @@ _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor? keep, Tensor? state,"
     " float scale, int chunk) -> (Tensor, Tensor)"
 )
-_setup, _backward = backward_of("delta_attention", _SCHEMA, _reference, _cost)
+_setup, _backward = backward_of(
+    "delta_attention",
+    _SCHEMA,
+    _reference,
+    _cost,
+    {"cuda": "rewriter.kernels.linear_attention.launch:delta_attention_backward"},
+)
 delta_attention: OpOverload = KernelSpec(
     name="delta_attention",
     schema=_SCHEMA,

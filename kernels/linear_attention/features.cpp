@@ -36,38 +36,55 @@ float folded(Vec v, F f) {
 inline float sum(Vec v) { return folded(v, [](float a, float b) { return a + b; }); }
 inline float largest(Vec v) { return folded(v, [](float a, float b) { return a > b ? a : b; }); }
 
+// One thread's buffers, kept from call to call; the padding of what is copied was zeroed when the sizes last changed.
+struct Room {
+  int64_t D = -1, M = -1;
+  float* block = nullptr;
+
+  ~Room() { std::free(block); }
+
+  float* fit(int64_t d, int64_t m, int64_t floats) {
+    if (d == D && m == M) return block;
+    D = d, M = m;
+    std::free(block);
+    block = static_cast<float*>(std::aligned_alloc(64, up(floats * 4, 64)));
+    if (!block) std::abort();
+    std::memset(block, 0, floats * 4);
+    return block;
+  }
+};
+
+thread_local Room room;
+
 struct Tokens {
   const Features& c;
   int64_t D, M, padded, wide, head = -1;
-  float *x, *y, *gain, *weight, *gain_weight, *bias, *gain_bias, *block;
+  float *x, *y, *gain, *copies;
+  const float *weight, *gain_weight, *bias, *gain_bias;
 
   explicit Tokens(const Features& c) : c(c), D(c.x.width), M(c.columns), padded(up(M, LANES)), wide(up(D, LANES)) {
-    const int64_t total = BLOCK * (wide + 3 * padded) + 2 * D * padded + 2 * padded;
-    block = static_cast<float*>(std::aligned_alloc(64, up(total * 4, 64)));
-    if (!block) std::abort();
-    std::memset(block, 0, total * 4);
-    x = block;
+    x = room.fit(D, M, BLOCK * (wide + 3 * padded) + 2 * D * padded + 2 * padded);
     y = x + BLOCK * wide;
     gain = y + 2 * BLOCK * padded;
-    weight = gain + BLOCK * padded;
-    gain_weight = weight + D * padded;
-    bias = gain_weight + D * padded;
-    gain_bias = bias + padded;
+    copies = gain + BLOCK * padded;
   }
-  ~Tokens() { std::free(block); }
 
-  void copy(const float* from, int64_t rows, float* to) {
-    if (from)
-      for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * padded, from + (head * rows + r) * M, M * 4);
+  // A head's rows of a parameter, in whole vectors: where they lie, or copied
+  const float* rows_of(const float* from, int64_t rows, float* to) {
+    if (!from) return nullptr;
+    from += head * rows * M;
+    if (M == padded) return from;
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * padded, from + r * M, M * 4);
+    return to;
   }
 
   void of_head(int64_t h) {
     if (h == head) return;
     head = h;
-    copy(c.weight, D, weight);
-    copy(c.bias, 1, bias);
-    copy(c.gain_weight, D, gain_weight);
-    copy(c.gain_bias, 1, gain_bias);
+    weight = rows_of(c.weight, D, copies);
+    gain_weight = rows_of(c.gain_weight, D, copies + D * padded);
+    bias = rows_of(c.bias, 1, copies + 2 * D * padded);
+    gain_bias = rows_of(c.gain_bias, 1, copies + (2 * D + 1) * padded);
   }
 
   // v with `other` in the lanes beyond the last column
@@ -142,9 +159,9 @@ struct Tokens {
       }
       return;
     }
-    product(x, wide, 1, weight, padded, y, padded, up(n, TILE_ROWS), padded, D, false);
-    if (c.kind == LANDMARK)
-      product(x, wide, 1, gain_weight, padded, gain, padded, up(n, TILE_ROWS), padded, D, false);
+    const int64_t rows = n == 1 ? 1 : up(n, TILE_ROWS);
+    product(x, wide, 1, weight, padded, y, padded, rows, padded, D, false);
+    if (c.kind == LANDMARK) product(x, wide, 1, gain_weight, padded, gain, padded, rows, padded, D, false);
     for (int64_t r = 0; r < n; ++r) {
       float *row = y + r * padded, *to = out + r * width;
       if (c.kind == HEDGEHOG) hedgehog(row, to);

@@ -107,7 +107,13 @@ def _batched(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) 
 _SCHEMA = (
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? gain_weight, Tensor? gain_bias, str kind, float scale) -> Tensor"
 )
-_setup, _backward = backward_of("attention_features", _SCHEMA, lambda *arguments: (_features(*arguments),), _cost)
+_setup, _backward = backward_of(
+    "attention_features",
+    _SCHEMA,
+    lambda *arguments: (_features(*arguments),),
+    _cost,
+    {"cuda": "rewriter.kernels.linear_attention.launch:attention_features_backward"},
+)
 attention_features: OpOverload = KernelSpec(
     name="attention_features",
     schema=_SCHEMA,
@@ -117,5 +123,8 @@ attention_features: OpOverload = KernelSpec(
     backward=_backward,
     vmap=_batched,
     cost=_cost,
-    implementations={"cpu": "rewriter.kernels.linear_attention.native:attention_features"},
+    implementations={
+        "cpu": "rewriter.kernels.linear_attention.native:attention_features",
+        "cuda": "rewriter.kernels.linear_attention.launch:attention_features",
+    },
 ).register()

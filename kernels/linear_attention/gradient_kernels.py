@@ -102,7 +102,10 @@ def value_gradients_kernel(
     DECAY: tl.constexpr, CAUSAL: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dV ``[B, Hs, T, Dv]``. Grid: (B · Hs, chunks of keys, tiles of Dv)."""
+    """dV ``[B, Hs, T, Dv]``, without dS only what later queries of the chunk want of it.
+
+    Grid: (B · Hs, chunks of keys, tiles of Dv).
+    """
     row, batch, head = place(tl.program_id(0), heads)
     n = tl.program_id(1)
     chunk = row * chunks + n if CAUSAL else row
@@ -110,7 +113,6 @@ def value_gradients_kernel(
     rows = n * BT + tl.arange(0, BT)
     valid, real = rows < length, real_rows(keep_ptr, batch * keep_b, rows, length)
     k_ptr += batch * k_b + (head // k_share).to(tl.int64) * k_h
-    dstates_ptr += chunk * features * values
     if DECAY > 0:
         g_ptr += batch * g_b + (head // g_share).to(tl.int64) * g_h
     if DECAY == 1:
@@ -144,18 +146,19 @@ def value_gradients_kernel(
             do = do.to(q_ptr.dtype.element_ty)
             power = power_of(scores, do, 1)
             dv += tl.dot((scores / power).to(do.dtype), do, input_precision=PRECISION) * power
-    for begin in range(0, features, BF):
-        at = begin + tl.arange(0, BF)
-        here = at < features
-        late = tile(k_ptr, k_t, rows, real, at, features)
-        if DECAY == 1:
-            late = (late.to(tl.float32) * tl.exp(tl.sum(g, 0) - running)[:, None]).to(late.dtype)
-        if DECAY == 2:
-            gs = feature_decays(g_ptr, g_t, rows, real, at, features)
-            late = (late.to(tl.float32) * tl.exp(tl.sum(gs, 0)[None, :] - tl.cumsum(gs, 0))).to(late.dtype)
-        ds = tile(dstates_ptr, values, at, here, columns, values).to(tl.float32)
-        power = power_of(ds, late, 0)
-        dv += tl.dot(late, (ds / power).to(late.dtype), input_precision=PRECISION) * power
+    if dstates_ptr is not None:
+        for begin in range(0, features, BF):
+            at = begin + tl.arange(0, BF)
+            here = at < features
+            late = tile(k_ptr, k_t, rows, real, at, features)
+            if DECAY == 1:
+                late = (late.to(tl.float32) * tl.exp(tl.sum(g, 0) - running)[:, None]).to(late.dtype)
+            if DECAY == 2:
+                gs = feature_decays(g_ptr, g_t, rows, real, at, features)
+                late = (late.to(tl.float32) * tl.exp(tl.sum(gs, 0)[None, :] - tl.cumsum(gs, 0))).to(late.dtype)
+            ds = tile(dstates_ptr + chunk * features * values, values, at, here, columns, values).to(tl.float32)
+            power = power_of(ds, late, 0)
+            dv += tl.dot(late, (ds / power).to(late.dtype), input_precision=PRECISION) * power
     dv = tl.where(real[:, None], dv, 0.0)
     store_tile(dv_ptr + row * length * values, values, rows, valid, columns, values, dv)
 

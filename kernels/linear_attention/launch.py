@@ -9,6 +9,11 @@ from rewriter.kernels.linear_attention.launch_additive_backward import SHIPPED a
 from rewriter.kernels.linear_attention.launch_additive_backward import backward as linear_attention_backward
 from rewriter.kernels.linear_attention.launch_delta import SHIPPED as DELTA
 from rewriter.kernels.linear_attention.launch_delta import forward as delta_attention
+from rewriter.kernels.linear_attention.launch_delta_backward import SHIPPED as DELTA_BACKWARD
+from rewriter.kernels.linear_attention.launch_delta_backward import backward as delta_attention_backward
+from rewriter.kernels.linear_attention.launch_features import SHIPPED as FEATURES
+from rewriter.kernels.linear_attention.launch_features import backward as attention_features_backward
+from rewriter.kernels.linear_attention.launch_features import forward as attention_features
 from rewriter.kernels.linear_attention.launch_hybrid import SHIPPED as HYBRID
 from rewriter.kernels.linear_attention.launch_hybrid import forward as hybrid_attention
 from rewriter.kernels.linear_attention.launch_hybrid_backward import SHIPPED as HYBRID_BACKWARD
@@ -16,11 +21,14 @@ from rewriter.kernels.linear_attention.launch_hybrid_backward import backward as
 
 __all__ = [
     "SHIPPED",
+    "attention_features",
+    "attention_features_backward",
     "delta_attention",
+    "delta_attention_backward",
     "hybrid_attention",
     "hybrid_attention_backward",
     "linear_attention",
     "linear_attention_backward",
 ]
 
-SHIPPED = (*ADDITIVE, *ADDITIVE_BACKWARD, *DELTA, *HYBRID, *HYBRID_BACKWARD)
+SHIPPED = (*ADDITIVE, *ADDITIVE_BACKWARD, *DELTA, *DELTA_BACKWARD, *HYBRID, *HYBRID_BACKWARD, *FEATURES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`delta_attention` on a GPU, from the kernels of `delta_kernels`. The gradient runs the reference.
+"""`delta_attention` on a GPU, from the kernels of `delta_kernels`; the gradient is in `launch_delta_backward`.
 
 q and k are brought to the widest dtype of q, k and v, and v too, which is copied for it; all else is read in place.
 """
@@ -49,28 +49,45 @@ def forward(
     Raises:
         Unsupported: float64, empty tensors, more than 256 features, or in chunks more than 64 multiplied as float32.
     """
+    call = prepared(q, k, v, beta, log_decay, keep, state, scale, chunk)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    last = q.new_empty((q.shape[0], call.heads, q.shape[3], v.shape[3]), dtype=torch.float32)
+    if k.shape[2] <= RECURRENT:
+        call.step(out, last)
+    else:
+        inverses, _ = call.inverses(raw=False)
+        states, written, _ = call.states(inverses, last)
+        call.outputs(states, written, out)
+    return out, last
+
+
+def prepared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    keep: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+    chunk: int,
+    steps: bool = True,
+) -> Call:
+    """Check and prepare the arguments; see `forward`. Without ``steps`` a few tokens are a chunk too."""
     if q.shape[3] > WIDEST_FEATURES:
         raise Unsupported(f"{q.shape[3]} features: more than {WIDEST_FEATURES} run the reference")
     if beta.dtype is torch.float64:
         raise Unsupported("float64 runs the reference")
     heads = delta.state_heads(k, v, beta, log_decay)
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
-    last = q.new_empty((q.shape[0], heads, q.shape[3], v.shape[3]), dtype=torch.float32)
-    size = block(chunk, CHUNK)
     q, k, v = operands(q, k, v)
-    if k.dtype is torch.float32 and k.shape[2] > RECURRENT and k.shape[3] > WIDEST_FLOAT32:
+    chunked = k.shape[2] > RECURRENT or not steps
+    if k.dtype is torch.float32 and chunked and k.shape[3] > WIDEST_FLOAT32:
         raise Unsupported(f"{k.shape[3]} features in float32: more than {WIDEST_FLOAT32} run the reference")
-    call = _Call(q, k, v, beta, log_decay, keep, state, scale, heads, size)
-    if k.shape[2] <= RECURRENT:
-        call.step(out, last)
-    else:
-        states, written = call.states(last)
-        call.outputs(states, written, out)
-    return out, last
+    return Call(q, k, v, beta, log_decay, keep, state, scale, heads, block(chunk, CHUNK))
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     q: Tensor
     k: Tensor
     v: Tensor
@@ -123,16 +140,23 @@ class _Call:
             last_ptr=last,
         )
 
-    def states(self, last: Tensor) -> tuple[Tensor, Tensor]:
-        """The state at the start of every chunk, after the last into ``last``, and what the tokens write."""
-        (batch, _, length, features), values = self.k.shape, self.v.shape[3]
+    def inverses(self, raw: bool) -> tuple[Tensor, Tensor | None]:
+        """T of every chunk, ``[B, Hs, N, BT, BT]``; with ``raw`` also the inverse in it, without β."""
+        batch, features = self.k.shape[0], self.k.shape[3]
         inverses = self.k.new_empty((batch, self.heads, self.chunks, self.size, self.size), dtype=torch.float32)
+        without = torch.empty_like(inverses) if raw else None
         self.start(
             delta_kernels.chunk_inverses_kernel,
             lambda c: (self.rows, self.chunks),
             Config({"BF": block(features, 32)}, num_warps=8),
             inverses_ptr=inverses,
+            raw_ptr=without,
         )
+        return inverses, without
+
+    def states(self, inverses: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state at the start of every chunk, after the last into ``last``; what the tokens write; and W."""
+        (batch, _, length, features), values = self.k.shape, self.v.shape[3]
         new, old = (self._written(x, inverses, name) for x, name in ((self.v, "v"), (self.k, "k")))
         dtype = torch.bfloat16 if self.k.dtype is torch.bfloat16 else torch.float32
         states = self.k.new_empty((batch, self.heads, self.chunks, features, values), dtype=dtype)
@@ -147,7 +171,7 @@ class _Call:
             written_ptr=written,
             last_ptr=last,
         )
-        return states, written
+        return states, written, old
 
     def _written(self, x: Tensor, inverses: Tensor, name: str) -> Tensor:
         """T V, or T (K ⊙ e^b)."""
@@ -183,7 +207,7 @@ class _Call:
         )
 
 
-def _example(dtype: torch.dtype, length: int = 4096, decay: bool = False, features: int = 128) -> tuple[Any, ...]:
+def example(dtype: torch.dtype, length: int = 4096, decay: bool = False, features: int = 128) -> tuple[Any, ...]:
     """A call of a model with 16 heads of 128 and 8 states, on the meta device."""
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -195,8 +219,8 @@ def _example(dtype: torch.dtype, length: int = 4096, decay: bool = False, featur
 
 
 SHIPPED = (
-    Shipped("delta_attention bf16", forward, partial(_example, torch.bfloat16)),
-    Shipped("delta_attention gated bf16", forward, partial(_example, torch.bfloat16, decay=True)),
-    Shipped("delta_attention fp32", forward, partial(_example, torch.float32, features=64), matrix="none"),
-    Shipped("delta_attention step bf16", forward, partial(_example, torch.bfloat16, 1, True), matrix="none"),
+    Shipped("delta_attention bf16", forward, partial(example, torch.bfloat16)),
+    Shipped("delta_attention gated bf16", forward, partial(example, torch.bfloat16, decay=True)),
+    Shipped("delta_attention fp32", forward, partial(example, torch.float32, features=64), matrix="none"),
+    Shipped("delta_attention step bf16", forward, partial(example, torch.bfloat16, 1, True), matrix="none"),
 )

@@ -112,13 +112,25 @@ class _Work:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Tiles of keys, widths, features and values."""
-        most = 32 if self.wide else 64
+        """Tiles of keys, widths, features and values: as large as registers allow on every chip."""
+        return self._tiles(32 if self.wide else 64)
+
+    @property
+    def small(self) -> dict[str, int]:
+        """Where float32 needs smaller ones."""
+        return self._tiles(16 if self.wide else 64)
+
+    def _tiles(self, most: int) -> dict[str, int]:
         width, values = self.call.q.shape[3], self.call.x.v.shape[3]
+        of_values = min(most, 32) if self.call.setting.counts_ranks else most
         return {
             "BK": 16 if self.wide else 32, "BD": block(width, most), "BF": block(self.features, most),
-            "BV": block(values, most),
+            "BV": block(values, of_values),
         }  # fmt: skip
+
+    @property
+    def warps(self) -> int:
+        return 4 if self.wide else 8
 
     # ------------------------------------------------------------------------------------------------ the window
 
@@ -130,7 +142,7 @@ class _Work:
         self.start(
             of_queries.hybrid_query_gradients_kernel,
             lambda c: (batch * heads, call.chunks, triton.cdiv(width, c["BD"])),
-            self.sizes, 8, 1, **self.window, dq_ptr=dq, soft_ptr=soft,
+            self.sizes, self.warps, 1, **self.window, dq_ptr=dq, soft_ptr=soft,
         )  # fmt: skip
         return dq, soft
 
@@ -141,7 +153,7 @@ class _Work:
         self.start(
             of_keys.hybrid_key_gradients_kernel,
             lambda c: (dk.shape[0] * call.heads, self.blocks, triton.cdiv(width, c["BD"])),
-            self.sizes, 8, 1, **self.window, soft_ptr=soft, dk_ptr=dk,
+            self.small, self.warps, 1, **self.window, soft_ptr=soft, dk_ptr=dk,
         )  # fmt: skip
         return dk
 
@@ -152,7 +164,7 @@ class _Work:
         self.start(
             of_keys.hybrid_value_gradients_kernel,
             lambda c: (dv.shape[0] * call.heads, self.blocks, triton.cdiv(values, c["BV"])),
-            self.sizes, 8, 1, **self.window, linear_rho_ptr=self.linear["rho_ptr"], dstates_ptr=dstates, dv_ptr=dv,
+            self.small, self.warps, 1, **self.window, linear_rho_ptr=self.linear["rho_ptr"], dstates_ptr=dstates, dv_ptr=dv,
         )  # fmt: skip
         return dv
 
@@ -182,7 +194,7 @@ class _Work:
         self.start(
             of_queries.hybrid_state_gradients_kernel,
             lambda c: (first.shape[0] * call.heads, triton.cdiv(self.features, c["BF"]), triton.cdiv(values, c["BV"])),
-            self.sizes, 8 if self.wide else 4, 1,
+            self.sizes, 4, 1,
             **self.linear,
             dlast_ptr=None if self.dlast is None else self.dlast.float().contiguous(),
             dlast_z_ptr=None if self.dlast_z is None else self.dlast_z.float().contiguous(),

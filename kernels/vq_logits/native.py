@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ class _Tiers:
     def __init__(
         self, h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None, wide: bool = False
     ) -> None:
-        check_tiers(h, codebook, code_of, token_bias)
+        if not _fits(h, codebook, code_of, token_bias):
+            check_tiers(h, codebook, code_of, token_bias)  # says why
         dtype = h.dtype
         if dtype not in _DTYPES:
             raise Unsupported(f"the CPU kernels of tiers heads take float32 and bfloat16, not {dtype}")
@@ -123,11 +124,13 @@ class _Tiers:
         if width > 1 and self.book.stride(1) != 1:
             self.book = self.book.contiguous()
         self.head = _Head(
-            *(self.book.data_ptr(), self.code_of.data_ptr(), native.address(self.bias)),
+            *(None, self.code_of.data_ptr(), native.address(self.bias)),
             *(self.book.stride(0), codes, width, tokens, per_code),
         )
-        if self._way() == "torch":
-            self.x, self.head.codebook = F.linear(self.x, self.book), None
+
+    def run(self, function: Any, *buffers: Tensor | None, number: int | None = None) -> None:
+        """Call a function of the library with these buffers."""
+        self._call(function, self._by_torch() if self._way() == "torch" else None, *buffers, number=number)
 
     def _way(self) -> str:
         """Whose product with the codebook."""
@@ -135,17 +138,23 @@ class _Tiers:
             return "torch"
         if self.rows <= MEASURED_ROWS:
             return "own"
+        function = _tiers().tiers_product
         sizes = (choosing.bucket(self.rows), *self.book.shape, self.threads)
         kind = " ".join(map(str, (_tiers()._name.rpartition("/")[2], self.x.dtype, *sizes)))
-        ways = {"own": partial(self.run, _tiers().tiers_product), "torch": partial(F.linear, self.x, self.book)}
+        ways = {"own": lambda: self._call(function, None), "torch": lambda: self._call(function, self._by_torch())}
         return choosing.fastest(kind, ways)
 
-    def run(self, function: Any, *buffers: Tensor | None, number: int | None = None) -> None:
-        """Call a function of the library with these buffers."""
+    def _by_torch(self) -> Tensor:
+        return F.linear(self.x, self.book)
+
+    def _call(self, function: Any, products: Tensor | None, *buffers: Tensor | None, number: int | None = None) -> None:
+        """With torch's products, or None for the library's own."""
+        self.head.codebook = self.book.data_ptr() if products is None else None
+        x = self.x if products is None else products
         outside = _INT()
         numbers = (self.rows, self.threads) if number is None else (self.rows, number, self.threads)
         addresses = (native.address(buffer) for buffer in buffers)
-        function(ctypes.byref(self.head), self.narrow, self.x.data_ptr(), *addresses, *numbers, ctypes.byref(outside))
+        function(ctypes.byref(self.head), self.narrow, x.data_ptr(), *addresses, *numbers, ctypes.byref(outside))
         if outside.value:
             raise Unsupported("a code or a target lies outside of the head")
 
@@ -180,6 +189,19 @@ def vq_logits_product_exact(
     out, rows = vq_logits_product(h, codebook, codes, bias), unpack_codes(exact_of)
     own = None if bias is None else bias.index_select(0, rows).to(h.dtype)
     return out.index_copy_(-1, rows, F.linear(h, exact.to(h.dtype), own))
+
+
+def _fits(h: Tensor, codebook: Tensor, code_of: Tensor, token_bias: Tensor | None) -> bool:
+    """What `check_tiers` asks, without eight calls that each can word an error: they took as long as the rest of a call."""
+    return (
+        h.dim() > 0
+        and codebook.dim() == 2
+        and h.shape[-1] == codebook.shape[1]
+        and code_of.dim() == 2
+        and code_of.dtype is torch.uint8
+        and code_of.shape[1] in (1, 2, 3)
+        and (token_bias is None or token_bias.shape == code_of.shape[:1])
+    )
 
 
 @cache

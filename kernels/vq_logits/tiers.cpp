@@ -27,6 +27,7 @@ struct Head {
     int bytes;
 
     long padded() const { return (codes + 15) / 16 * 16; }
+    long given() const { return codebook == nullptr ? codes : width; }  // numbers of a row
 };
 
 // The codes of up to BLOCK tokens.
@@ -110,8 +111,8 @@ template <class T> struct CodeLogits {
                 const Group& group = groups[g];
                 const T* row[SIDE];
                 for (long r = 0; r < SIDE; r++) row[r] = h + (group.first + std::min(r, group.rows - 1)) * head.width;
-                if (group.side == 1) one_row(book, row[0], first, last, of(group) + first);
-                else rows_together(book, row, first, last, g, (long)groups.size(), of(group) + first * SIDE);
+                if (group.side == 1) one_row(book, row[0], first, last, of(group));
+                else rows_together(book, row, first, last, g, (long)groups.size(), of(group));
             }
         }
 #endif
@@ -122,7 +123,7 @@ template <class T> bool product(const Head& head, const T* h, long rows, int thr
     for (long start = 0; start < rows; start += CHUNK) {
         const CodeLogits<T> l(head, std::min(CHUNK, rows - start));
 #pragma omp parallel num_threads(threads)
-        l.fill(h + start * head.width);
+        l.fill(h + start * head.given());
     }
     return true;
 }
@@ -134,7 +135,7 @@ template <class T> bool logits(const Head& head, const T* h, T* out, long rows, 
         const CodeLogits<T> l(head, count);
 #pragma omp parallel num_threads(threads) reduction(&& : good)
         {
-            l.fill(h + start * (head.codebook == nullptr ? head.codes : head.width));
+            l.fill(h + start * head.given());
             T unwanted[BLOCK];
 #pragma omp for schedule(static)
             for (long token = 0; token < head.tokens; token += BLOCK) {
@@ -208,7 +209,7 @@ struct Masses {
             exponentials(share, codes.count);
             for (long i = 0; i < codes.count; i++) own[codes.code[i]] += share[i];
         });
-        sum([](float t, float w) { return w == 0 ? -INFINITY : t; });
+        sum([](float t, float w) { return w == 0 ? -INFINITY : std::isinf(w) ? w : t; });
     }
 
     template <class F> void sum(F f) {
@@ -222,34 +223,37 @@ struct Masses {
     }
 };
 
-// log Z of a group's rows; infinite where the largest term is, NaN where one is.
-template <class T> void log_partitions(const CodeLogits<T>& l, const Group& group, const Masses& masses, float* out) {
-    constexpr long LANES = 16;
-    const long side = group.side, count = l.head.codes * side;
+// log Z of a group's rows, SIDE of them next to each other; infinite where the largest term is, NaN where one is.
+template <int SIDE, class T> void log_partitions(const CodeLogits<T>& l, const Group& group, const Masses& masses, float* out) {
+    constexpr long LANES = 16;  // lane k is of row k % SIDE
     const T* from = l.of(group);
-    std::vector<float> x((count + LANES - 1) / LANES * LANES, -INFINITY);
-    for (long j = 0; j < l.head.codes; j++)
-        for (long r = 0; r < side; r++) x[j * side + r] = (float)from[j * side + r] + masses.top[j];
+    const long codes = l.head.codes, count = l.head.padded() * SIDE;
+    std::vector<float> terms(count, -INFINITY);
+    float* x = terms.data();
+    for (long j = 0; j < codes; j++)
+        for (int r = 0; r < SIDE; r++) x[j * SIDE + r] = (float)from[j * SIDE + r] + masses.top[j];
     float best[LANES], sum[LANES] = {};
-    std::fill(best, best + LANES, -INFINITY);
     int undefined[LANES] = {};  // a NaN is larger than nothing
-    for (long i = 0; i < (long)x.size(); i += LANES)
-        for (long k = 0; k < LANES; k++) {
+    std::fill(best, best + LANES, -INFINITY);
+    for (long i = 0; i < count; i += LANES)
+        for (int k = 0; k < LANES; k++) {
             best[k] = x[i + k] > best[k] ? x[i + k] : best[k];
             undefined[k] |= x[i + k] != x[i + k];
         }
-    for (long k = side; k < LANES; k++) {  // lane k is of row k % side
-        best[k % side] = std::max(best[k % side], best[k]);
-        undefined[k % side] |= undefined[k];
+    for (int k = SIDE; k < LANES; k++) {
+        best[k % SIDE] = std::max(best[k % SIDE], best[k]);
+        undefined[k % SIDE] |= undefined[k];
     }
-    for (long k = side; k < LANES; k++) best[k] = best[k % side];
-    for (long i = 0; i < (long)x.size(); i += LANES)
-        for (long k = 0; k < LANES; k++) x[i + k] -= best[k];
-    exponentials(x.data(), (long)x.size());
-    for (long j = 0; j < l.head.codes; j++)
-        for (long r = 0; r < side; r++) sum[(j * side + r) % LANES] += x[j * side + r] * masses.weight[j];
-    for (long k = side; k < LANES; k++) sum[k % side] += sum[k];
-    for (long r = 0; r < group.rows; r++)
+    for (int k = SIDE; k < LANES; k++) best[k] = best[k % SIDE];
+    for (long i = 0; i < count; i += LANES)
+        for (int k = 0; k < LANES; k++) x[i + k] -= best[k];
+    exponentials(x, count);
+    for (long j = 0; j < codes; j++)
+        for (int r = 0; r < SIDE; r++) x[j * SIDE + r] *= masses.weight[j];
+    for (long i = 0; i < codes * SIDE; i += LANES)
+        for (int k = 0; k < LANES; k++) sum[k] += x[i + k];
+    for (int k = SIDE; k < LANES; k++) sum[k % SIDE] += sum[k];
+    for (int r = 0; r < group.rows; r++)
         out[group.first + r] = undefined[r] ? NAN : std::isinf(best[r]) ? best[r] : logf(sum[r]) + best[r];
 }
 
@@ -262,12 +266,12 @@ bool losses(const Head& head, const T* h, const int64_t* target, float* out, lon
         const CodeLogits<T> l(head, std::min(CHUNK, rows - start));
 #pragma omp parallel num_threads(threads) reduction(&& : good)
         {
-            l.fill(h + start * (head.codebook == nullptr ? head.codes : head.width));
+            l.fill(h + start * head.given());
             if (start == 0) masses.count();
 #pragma omp for schedule(static)
             for (long g = 0; g < (long)l.groups.size(); g++) {
                 const Group& group = l.groups[g];
-                log_partitions(l, group, masses, out + start);
+                (group.side == 1 ? log_partitions<1, T> : log_partitions<8, T>)(l, group, masses, out + start);
                 for (long r = group.first; target != nullptr && r < group.first + group.rows; r++) {
                     const long token = target[start + r];
                     Codes code;
@@ -298,37 +302,41 @@ bool before(const Candidate& a, const Candidate& b) {
     return a.value > b.value || (a.value == b.value && a.token < b.token);
 }
 
-// The k largest first; false if there are fewer.
-bool cut(std::vector<Candidate>& kept, long k) {
-    if ((long)kept.size() < k) return false;
+// The k largest first, no others.
+void cut(std::vector<Candidate>& kept, long k) {
+    if ((long)kept.size() <= k) return;
     std::nth_element(kept.begin(), kept.begin() + (k - 1), kept.end(), before);
     kept.resize(k);
-    return true;
 }
 
-// The k largest of some tokens for a row whose logits of two codes are `side` apart; all tokens if they are not more. Tokens
-// come in order: one that only equals the k-th so far comes too late. False if a code is not in the codebook.
+// The k largest of some tokens for a row whose logits of two codes are `side` apart, in no order; all if there are fewer.
+// Tokens come in order: one that only equals the k-th so far comes too late. False if a code is not in the codebook.
 template <class T>
 bool largest(const Head& head, const T* l, long side, long k, long start, long end, std::vector<Candidate>& kept) {
+    constexpr long LOOK = 64;  // tokens of which mostly none is among the largest
+    const long most = 2 * k + LOOK;
+    kept.reserve(most + LOOK);
     Codes codes;
     float value[BLOCK], least = -INFINITY;
     bool full = false;
-    kept.reserve(k + BLOCK);
     for (; start < end; start += BLOCK) {
         if (!codes.read(head, start, end)) return false;
         const float* bias = head.bias == nullptr ? nullptr : head.bias + start;
         for (long i = 0; i < codes.count; i++) value[i] = (float)biased(l[codes.code[i] * side], bias, i);
-        int any = 0;
-#pragma omp simd reduction(| : any)
-        for (long i = 0; i < codes.count; i++) any |= !(value[i] <= least);
-        if (full && !any) continue;
-        for (long i = 0; i < codes.count; i++)
-            if (!full || !(value[i] <= least)) kept.push_back({value[i], (int32_t)(start + i)});
-        if (cut(kept, k)) {
+        std::fill(value + codes.count, value + BLOCK, -INFINITY);
+        for (long from = 0; from < codes.count; from += LOOK) {
+            int any = !full;
+            for (long i = from; i < from + LOOK; i++) any |= !(value[i] <= least);
+            if (!any) continue;
+            for (long i = from; i < std::min(from + LOOK, codes.count); i++)
+                if (!full || !(value[i] <= least)) kept.push_back({value[i], (int32_t)(start + i)});
+            if ((long)kept.size() < most) continue;
+            cut(kept, k);
             least = kept[k - 1].value;
             full = true;
         }
     }
+    cut(kept, k);
     return true;
 }
 
@@ -341,7 +349,7 @@ bool topk(const Head& head, const T* h, T* values, int64_t* tokens, long rows, l
         std::vector<std::vector<Candidate>> kept(count * shares);
 #pragma omp parallel num_threads(threads) reduction(&& : good)
         {
-            l.fill(h + start * (head.codebook == nullptr ? head.codes : head.width));
+            l.fill(h + start * head.given());
 #pragma omp for schedule(static)
             for (long n = 0; n < count * shares; n++) {
                 const long r = n / shares, share = n % shares;
@@ -356,9 +364,9 @@ bool topk(const Head& head, const T* h, T* values, int64_t* tokens, long rows, l
                     const auto& other = kept[r * shares + share];
                     all.insert(all.end(), other.begin(), other.end());
                 }
-                if (!cut(all, k)) continue;  // only where a code was outside
+                cut(all, k);
                 std::sort(all.begin(), all.end(), before);
-                for (long i = 0; i < k; i++) {
+                for (long i = 0; i < (long)all.size(); i++) {  // fewer than k only where a code was outside
                     values[(start + r) * k + i] = (T)all[i].value;
                     tokens[(start + r) * k + i] = all[i].token;
                 }
@@ -383,7 +391,7 @@ void tiers_own_product(int* own) {
 #endif
 }
 
-// The code logits alone, which are dropped: to measure how long they take.
+// The code logits alone, which are dropped: to measure which product is faster.
 void tiers_product(const Head* head, int narrow, const void* h, long rows, int threads, int* outside) {
     *outside = narrow ? !product(*head, (const BFloat*)h, rows, threads) : !product(*head, (const float*)h, rows, threads);
 }

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """cross_entropy(x Wᵀ + b, y)  =  linear_cross_entropy(x, W, b, y): the loss of a head without its logits
 
-also where the logits are capped (c tanh(l / c)), cast, cut or flattened on the way. Only where nobody else reads them: a
-model that returns logits beside its loss, as transformers' models do, makes them anyway.
+also where the logits are capped (c tanh(l / c)), cast, cut or flattened on the way. A sum or mean becomes
+`linear_cross_entropy_reduced`, which in training needs no product more than the logits would. Only where nobody else reads
+them: a model that returns logits beside its loss, as transformers' models do, makes them anyway.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.fx import Node
 from rewriter import legality
 from rewriter.editing import Editor
 from rewriter.facts import Facts
-from rewriter.kernels.cross_entropy.op import linear_cross_entropy
+from rewriter.kernels.cross_entropy.op import linear_cross_entropy, linear_cross_entropy_reduced
 from rewriter.matcher import Match, Miss
 from rewriter.passes.after_head.building import move_rows, reduced
 from rewriter.passes.after_head.following import Follower, followers, is_soft, needed
@@ -63,11 +64,13 @@ class FuseLoss(Rule):
             weight = edit.call(aten.t.default, weight)
         ignored = _IGNORED if c["ignore_index"] is None else c["ignore_index"]
         x = move_rows(edit, match["x"], one.way)
-        pair = edit.call(
-            linear_cross_entropy, x, weight, match["bias"], c["target"], c["weight"], ignored, c["label_smoothing"],
-            match["softcap"], CHUNK,
-        )  # fmt: skip
-        return reduced(edit, edit.call(operator.getitem, pair, 0), one)
+        arguments = (x, weight, match["bias"], c["target"], c["weight"], ignored, c["label_smoothing"], match["softcap"])
+        if c["reduction"] == "none":
+            pair = edit.call(linear_cross_entropy, *arguments, CHUNK)
+            return reduced(edit, edit.call(operator.getitem, pair, 0), one)
+        loss, root = edit.call(linear_cross_entropy_reduced, *arguments, c["reduction"], CHUNK), one.roots[0]
+        dtype = root.meta["val"].dtype
+        return {root: loss if loss.meta["val"].dtype == dtype else edit.call(aten.to.dtype, loss, dtype)}
 
 
 Reasons = list[tuple[Node, str]]

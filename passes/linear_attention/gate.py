@@ -49,8 +49,8 @@ def pays_from(form: Form, key_heads: int, dim: int, features: int, device: str) 
     machine = MACHINES.get(device, MACHINES["cuda"])
     length = 64
     while length < _LARGEST:
-        if _time(_linear(form, key_heads, dim, features, length), machine, machine.overhead) < _time(
-            _softmax(form, key_heads, dim, length), machine, 1.0
+        if _time(linear(form, key_heads, dim, features, length), machine, machine.overhead) < _time(
+            softmax(form, key_heads, dim, length), machine, 1.0
         ):
             return length
         length *= 2
@@ -61,13 +61,14 @@ def _time(cost: Cost, machine: Machine, overhead: float) -> float:
     return max(cost.flops * overhead / machine.flops, (cost.bytes_read + cost.bytes_written) / machine.bandwidth)
 
 
-def _softmax(form: Form, key_heads: int, dim: int, length: int) -> Cost:
+def softmax(form: Form, key_heads: int, dim: int, length: int) -> Cost:
+    """What `scaled_dot_product_attention` does for one sequence."""
     pairs = length * length // (2 if form.causal else 1)
     half = 2 * length * dim  # bytes of one head in a half-precision type
     return Cost(4 * pairs * dim * form.heads, half * (form.heads + 2 * key_heads), half * form.heads)
 
 
-def _linear(form: Form, key_heads: int, dim: int, features: int, length: int) -> Cost:
+def linear(form: Form, key_heads: int, dim: int, features: int, length: int) -> Cost:
     """What the operator says of itself, on descriptions, and the maps: two products for queries, one for keys."""
 
     def described(heads: int, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -83,8 +83,11 @@ class CodeDistribution(Distribution):
     def __init__(self, h: Tensor, table: CodeTable, how: Sampling, previous: Tensor | None) -> None:
         self.table, self.how, self.tokens = table, how, table.code.shape[0]
         self.logits = code_logits(h, table.codebook).double() / how.temperature
-        if previous is None or how.repetition_penalty == 1:
-            previous = torch.empty((h.shape[0], 0), dtype=torch.int64, device=h.device)
+        self.any_seen = previous is not None and how.repetition_penalty != 1 and previous.shape[-1] > 0
+        if previous is None or not self.any_seen:  # what follows would be a dozen operations on nothing
+            self.seen = torch.empty((h.shape[0], 0), dtype=torch.int64, device=h.device)
+            self.seen_z = self.seen.double()
+            return
         # Each token once: of equals, sorted, the first.
         previous = previous.sort(-1).values
         again = torch.zeros_like(previous, dtype=torch.bool)
@@ -133,7 +136,7 @@ class CodeDistribution(Distribution):
         place = self._place_in(code, length.gather(-1, code), generator)
         token = t.order[(t.first[code] + place).clamp(max=self.tokens - 1)]
         z = self._z(code, place)
-        if self.seen.shape[-1]:
+        if self.any_seen:
             beside, extra = picked >= codes, (picked - codes).clamp(min=0)
             token = torch.where(beside, self.seen.gather(-1, extra), token)
             z = torch.where(beside, self.seen_z.gather(-1, extra), z)
@@ -168,14 +171,18 @@ class CodeDistribution(Distribution):
 
     def _number(self, floor: Tensor, codes: Tensor) -> Tensor:
         """How many tokens have z ≥ floor, ``[N]``, where no code but those given has any."""
+        number = self._lengths(floor, codes).sum(-1)
+        if not self.any_seen:
+            return number
         f = floor.unsqueeze(-1)
-        moved = (self.seen_z >= f).sum(-1) - (self.is_seen & (self.seen_before >= f)).sum(-1)
-        return self._lengths(floor, codes).sum(-1) + moved
+        return number + (self.seen_z >= f).sum(-1) - (self.is_seen & (self.seen_before >= f)).sum(-1)
 
     def _categories(self, floor: Tensor) -> tuple[Tensor, Tensor]:
         """Log masses of what lies above the floor, ``[N, K + P]``: of codes, then of tokens seen; and the lengths."""
         t = self.table
         length = self._lengths(floor)
+        if not self.any_seen:  # the log of no mass is -inf
+            return self.logits + t.top + self._sum(length, None).log(), length
         left = length - self._removed(torch.ones_like(self.seen), length)
         mass = self._sum(length, None) - self._removed(self.seen_share, length)
         tiny = torch.finfo(mass.dtype).tiny  # what is left of a sum may round to nothing
@@ -194,6 +201,8 @@ class CodeDistribution(Distribution):
 
         def up_to(number: Tensor) -> Tensor:
             """Mass of the first places, tokens seen left out."""
+            if not self.any_seen:
+                return self._sum(number, code)
             out = self.is_seen & (self.seen_code == code) & (self.seen_place < number)
             return self._sum(number, code) - torch.where(out, self.seen_share, 0.0).sum(-1, keepdim=True)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -93,8 +93,8 @@ def interpreting(which: int = 0) -> Iterator[None]:
     """Device implementations run on CPU tensors inside: `launch` interprets configuration ``which`` (or the last).
 
     The device checks no bounds and starts with whatever memory holds. So each storage a kernel sees is a copy between
-    canaries (NaN in every floating type), which must be unharmed afterwards; and what is allocated inside begins as NaN,
-    or as the largest integer.
+    canaries (NaN in every floating type), outside of which no address may be touched; and what is allocated inside begins
+    as NaN, or as the largest integer.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)  # which fills what `empty` returns
@@ -113,7 +113,8 @@ def _interpret(request: Request, which: int) -> None:
         name: guarded[a.untyped_storage().data_ptr()].twin(a) if isinstance(a, torch.Tensor) else a
         for name, a in start.args.items()
     }
-    Interpreted(start.kernel)[start.grid](**args, **start.constants)
+    with _only_within([storage.extent for storage in guarded.values()]):
+        Interpreted(start.kernel)[start.grid](**args, **start.constants)
     for storage in guarded.values():
         storage.give_back(start.kernel.__name__)
 
@@ -135,6 +136,12 @@ class _Guarded:
         self._inside = slice(CANARY, CANARY + size)
         self._memory[self._inside] = self._original
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The addresses of the copy, the second exclusive."""
+        start = self._memory.data_ptr() + CANARY
+        return start, start + self._original.numel()
+
     def twin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The view of the copy that ``tensor`` is of the original."""
         offset = CANARY // tensor.element_size() + tensor.storage_offset()
@@ -146,6 +153,32 @@ class _Guarded:
         self._memory[self._inside] = self._outside[self._inside]
         if not torch.equal(self._memory, self._outside):
             raise AssertionError(f"{kernel} wrote outside a tensor")
+
+
+_extents: Sequence[tuple[int, int]] | None = None  # where kernels may read and write; None: anywhere
+
+
+@contextlib.contextmanager
+def _only_within(extents: Sequence[tuple[int, int]]) -> Iterator[None]:
+    global _extents
+    before, _extents = _extents, extents
+    try:
+        yield
+    finally:
+        _extents = before
+
+
+def _check_bounds(ptrs: Any, mask: Any, verb: str) -> None:
+    """What is read outside need not show in any result, but on a device it may be no memory at all."""
+    if _extents is None:
+        return
+    touched = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+    if not touched.size:
+        return
+    # One access has one pointer, so one storage: enough to look at both ends.
+    first, last = int(touched.min()), int(touched.max()) + max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
+    if not any(start <= first and last <= end for start, end in _extents):
+        raise AssertionError(f"{verb} outside a tensor")
 
 
 class _Nothing:
@@ -203,6 +236,7 @@ def _fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
 
 
 def _masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *hints: Any, **named: Any) -> Any:
+    _check_bounds(ptrs, mask, "read")
     if ptrs.get_element_ty() != tl.bfloat16:
         return _stock["create_masked_load"](self, ptrs, mask, other, *hints, **named)
     fill = np.zeros((), BF16) if other is None else np.asarray(other.data, dtype=BF16)
@@ -212,6 +246,7 @@ def _masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *hints: Any, **nam
 
 
 def _masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *hints: Any, **named: Any) -> Any:
+    _check_bounds(ptrs, mask, "wrote")
     if value.data.dtype == BF16:
         value = stock.TensorHandle(np.ascontiguousarray(value.data).view(np.uint16), tl.uint16)
     return _stock["create_masked_store"](self, ptrs, value, mask, *hints, **named)

@@ -128,10 +128,29 @@ def test_what_a_kernel_does_not_write_is_nan() -> None:
         assert _scaled_sum(x, y, n=49)[-1].isnan()
 
 
-def test_a_write_outside_is_found() -> None:
-    x, y = _random(2, 50, dtype=torch.float32)
-    with interpreting(), pytest.raises(AssertionError, match="_scale_add wrote outside"):
-        _scaled_sum(x, y, n=64)
+@triton.jit
+def _copy(x_ptr, out_ptr, read, written, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    tl.store(out_ptr + lane, tl.load(x_ptr + lane, mask=lane < read, other=0.0), mask=lane < written)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_an_access_outside_is_found_also_where_no_result_shows_it(dtype: torch.dtype) -> None:
+    x, out = torch.ones(50, dtype=dtype), torch.zeros(50, dtype=dtype)
+    args = {"x_ptr": x, "out_ptr": out}
+
+    def copy(read: int, written: int) -> None:
+        launch(_copy, lambda c: (1,), {**args, "read": read, "written": written}, {}, [Config({"N": 64})])
+
+    with interpreting():
+        copy(50, 50)
+        assert torch.equal(out, x)
+        with pytest.raises(Exception, match="read outside a tensor"):
+            copy(51, 50)
+        with pytest.raises(Exception, match="wrote outside a tensor"):
+            copy(50, 51)
+        copy(50, 49)
+    Interpreted(_copy)[(1,)](torch.ones(100, dtype=dtype)[:50], torch.zeros(50, dtype=dtype), 64, 50, N=64)
 
 
 def test_a_grid_of_nothing_starts_nothing() -> None:

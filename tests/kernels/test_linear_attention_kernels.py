@@ -19,7 +19,7 @@ from interpreter import interpreting
 from torch import Tensor
 
 from rewriter.kernels.launching import Unsupported
-from rewriter.kernels.linear_attention import additive_op, delta_op, hybrid, hybrid_op, launch, op
+from rewriter.kernels.linear_attention import additive_op, delta_op, features_op, hybrid, hybrid_op, launch, op
 from rewriter.kernels.spec import REGISTRY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -214,40 +214,116 @@ def test_hybrid_gradients(case: tuple[torch.dtype, Values, float], seed: int) ->
     check(got, gradient("hybrid_attention", grads), [*values, needs], dtype, units, terms)
 
 
-@pytest.mark.hypothesis
-@few(8)
-@given(
-    dtype=st.sampled_from(DTYPES),
-    heads=st.sampled_from([(1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 2, 1)]),
-    length=st.sampled_from([1, 9, 18, 33]),
-    sizes=st.sampled_from([(5, 3), (16, 17), (40, 1)]),
-    decay=st.sampled_from([None, 1, 3]),
-    flags=st.tuples(st.booleans(), st.booleans()),
-    seed=st.integers(0, 2**20),
-    strides=st.sampled_from(["dense", "transposed", "sliced"]),
-)
-def test_delta_forward(
-    dtype: torch.dtype,
-    heads: tuple[int, int, int, int],
-    length: int,
-    sizes: tuple[int, int],
-    decay: int | None,
-    flags: tuple[bool, bool],
-    seed: int,
-    strides: str,
-) -> None:
-    make, (of_q, of_k, of_v, of_g), (features, width) = Draw(seed, dtype, strides), heads, sizes
+@st.composite
+def delta_calls(draw: st.DrawFn) -> tuple[torch.dtype, Values, float]:
+    """Arguments of `delta_attention`, and how many units its errors may have."""
+    dtype, heads = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([(1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 2, 1)]))
+    length, (features, width) = (
+        draw(st.sampled_from([1, 9, 18, 33])),
+        draw(st.sampled_from([(5, 3), (16, 17), (40, 1)])),
+    )
+    make = Draw(draw(st.integers(0, 2**20)), dtype, draw(st.sampled_from(["dense", "transposed", "sliced"])))
+    of_q, of_k, of_v, of_g = heads
     q, v = make(1, of_q, length, features), make(1, of_v, length, width)
     k = torch.nn.functional.normalize(make(1, of_k, length, features).float(), dim=-1).to(dtype)
+    decay = draw(st.sampled_from([None, 1, 3]))
     shapes = {1: (of_g,), 3: (1, of_g, length)}
     g = None if decay is None else -torch.rand(shapes[decay], generator=make.generator)
-    keep = make.keep(1, length) if flags[0] else None
-    state = make(1, max(heads[1:]), features, width, dtype=torch.float32) if flags[1] else None
-    values = [q, k, v, make(1, of_k, length, positive=True), g, keep, state, 0.5, 16]
+    beta = make(1, of_k, length, positive=True)
+    if draw(st.booleans()):
+        beta[..., 0] = 0.0  # writes nothing, and still has a gradient
+    keep = make.keep(1, length) if draw(st.booleans()) else None
+    state = make(1, max(heads[1:]), features, width, dtype=torch.float32) if draw(st.booleans()) else None
+    # What is written is the difference of a value and what the state gives back for it, both rounded.
+    return dtype, [q, k, v, beta, g, keep, state, 0.5, 16], 4.0 if g is None else 16.0
+
+
+@pytest.mark.hypothesis
+@few(8)
+@given(delta_calls())
+def test_delta_forward(case: tuple[torch.dtype, Values, float]) -> None:
+    dtype, values, units = case
     with interpreting():
         got = launch.delta_attention(*values)
-    # What is written is the difference of a value and what the state gives back for it, both rounded.
-    check(got, delta_op._reference, values, dtype, 4.0 if g is None else 16.0)
+    check(got, delta_op._reference, values, dtype, units)
+
+
+@pytest.mark.hypothesis
+@few(8)
+@given(delta_calls(), st.integers(0, 2**20))
+def test_delta_gradients(case: tuple[torch.dtype, Values, float], seed: int) -> None:
+    dtype, values, units = case
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in delta_op._reference(*values)]
+    needs = [isinstance(v, Tensor) and v.is_floating_point() for v in values]
+    with interpreting():
+        got = launch.delta_attention_backward(grads, *values, needs)
+    check(got, gradient("delta_attention", grads), [*values, needs], dtype, units)
+
+
+@st.composite
+def feature_calls(draw: st.DrawFn) -> tuple[torch.dtype, Values, float]:
+    """Arguments of `attention_features`, and how large the terms of its exponents are: they lose as much in units."""
+    dtype, kind = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(list(features_op.KINDS)))
+    make = Draw(draw(st.integers(0, 2**20)), dtype, draw(st.sampled_from(["dense", "transposed", "sliced"])))
+    heads, length, width = (
+        draw(st.sampled_from([1, 3])),
+        draw(st.sampled_from([1, 35, 70])),
+        draw(st.sampled_from([5, 70])),
+    )
+    columns, of_parameters = draw(st.sampled_from([1, 19])), draw(st.sampled_from([dtype, torch.float32]))
+    x = make(2, heads, length, width)
+    shapes = ((heads, width, columns), (heads, columns)) * 2
+    given = [0.3 * torch.randn(shape, generator=make.generator) for shape in shapes[: features_op.KINDS[kind]]]
+    parameters = [p.to(of_parameters) for p in given]
+    reach = 1.0
+    if dtype is torch.float32 and parameters:
+        reach += sum(float((x.abs() @ w.float().abs()).max()) for w in parameters[::2])
+    return dtype, [x, *parameters, *(None,) * (4 - len(parameters)), kind, draw(st.sampled_from([1.0, 0.5]))], reach
+
+
+@pytest.mark.hypothesis
+@few(8)
+@given(feature_calls(), st.integers(0, 2**20))
+def test_features_and_their_gradients(case: tuple[torch.dtype, Values, float], seed: int) -> None:
+    dtype, values, units = case
+    with interpreting():
+        got = launch.attention_features(*values)
+    check([got], lambda *arguments: [features_op._features(*arguments)], values, dtype, units)
+    grads = [torch.randn(got.shape, generator=torch.Generator().manual_seed(seed))]
+    needs = [isinstance(v, Tensor) for v in values]
+    with interpreting():
+        found = launch.attention_features_backward(grads, *values, needs)
+    check(found, gradient("attention_features", grads), [*values, needs], dtype, units)
+
+
+@pytest.mark.parametrize("kind", ["exp", "landmark"])
+def test_exponents_of_features_end_where_the_reference_ends_them(kind: str) -> None:
+    x, bias = torch.ones(1, 1, 2, 4), torch.tensor([[61.0, 59.0, 30.0]])
+    x[0, 0, 1] = 0.0
+    given = [torch.zeros(1, 4, 3), bias - 61 if kind == "landmark" else bias, torch.zeros(1, 4, 3), bias]
+    values = [x, *given[: features_op.KINDS[kind]], *(None,) * (4 - features_op.KINDS[kind]), kind, 1.0]
+    needs = [isinstance(v, Tensor) for v in values]
+    grads = [torch.ones(1, 1, 2, 3)]
+    with interpreting():
+        got, found = launch.attention_features(*values), launch.attention_features_backward(grads, *values, needs)
+    torch.testing.assert_close(got, features_op._features(*values))
+    for a, b in zip(found, gradient("attention_features", grads)(*values, needs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", list(features_op.KINDS))
+def test_features_hand_nan_on(kind: str) -> None:
+    x, parameters = (
+        torch.ones(1, 1, 3, 4),
+        [torch.ones(1, 4, 2), torch.ones(1, 2), torch.ones(1, 4, 2), torch.ones(1, 2)],
+    )
+    x[0, 0, 1, 2] = torch.nan
+    given = parameters[: features_op.KINDS[kind]]
+    values = [x, *given, *(None,) * (4 - len(given)), kind, 1.0]
+    with interpreting():
+        got = launch.attention_features(*values)
+    assert torch.equal(got.isnan(), features_op._features(*values).isnan()) and bool(got.isnan().any())
 
 
 @pytest.mark.parametrize("normalise", ["sum", "none"])
@@ -307,9 +383,7 @@ def test_what_runs_the_reference_says_why(rule: str, change: dict[str, Any], rea
         getattr(launch, f"{rule.replace('additive', 'linear')}_attention")(*args.values())
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in launch.__all__ if name != "SHIPPED"]
-)
+@pytest.mark.parametrize("name", [name for name in launch.__all__ if name != "SHIPPED"])
 def test_operators_know_their_kernels(name: str) -> None:
     spec = REGISTRY[getattr(torch.ops.rewriter, name).default]
     assert spec.implementation("cuda") is getattr(launch, name)

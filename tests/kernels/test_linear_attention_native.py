@@ -27,6 +27,7 @@ NATIVE = {"additive": native.linear_attention, "hybrid": native.hybrid_attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Lengths and windows around the kernel's blocks of 64 queries and vectors of 4, 8 and 16.
 LENGTHS = st.sampled_from((0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200))
+WIDTHS = st.sampled_from((1, 5, 16, 33))
 
 
 def reference(rule: str, args: Args) -> tuple[Tensor, ...]:
@@ -70,7 +71,7 @@ def sizes(heads: int, width: int, features: int, values: int) -> Iterator[None]:
 
 
 @st.composite
-def calls(draw: Any, rule: str) -> Args:
+def calls(draw: Any, rule: str, lengths: Any = LENGTHS, widths: Any = WIDTHS) -> Args:
     """Any call the kernel does, alone or going on from another one."""
     options: dict[str, Any] = {"dtype": draw(st.sampled_from(DTYPES)), "batch": draw(st.integers(1, 2))}
     options["decay"] = draw(st.sampled_from((None, 1, 3) if rule == "additive" else (None, 1)))
@@ -81,9 +82,9 @@ def calls(draw: Any, rule: str) -> Args:
             "window": draw(st.sampled_from((1, 2, 17, 64, 70))),
             "anchor": draw(st.sampled_from(("max", "none"))),
         }
-    shape = (draw(st.sampled_from((1, 2, 4))), *(draw(st.sampled_from((1, 5, 16, 33))) for _ in range(3)))
+    shape = (draw(st.sampled_from((1, 2, 4))), *(draw(widths) for _ in range(3)))
     with sizes(*shape):
-        args = random_call(rule, draw(LENGTHS), draw(SEEDS), draw(st.sampled_from(("none", "left", "any"))), options)
+        args = random_call(rule, draw(lengths), draw(SEEDS), draw(st.sampled_from(("none", "left", "any"))), options)
         if draw(st.booleans()):
             earlier = random_call(rule, draw(LENGTHS), draw(SEEDS), "none", options)
             args = after(rule, args, reference(rule, earlier))
@@ -104,6 +105,14 @@ def random_call(rule: str, length: int, seed: int, padding: str, options: dict[s
 @given(data=st.data())
 def test_the_kernel_is_as_exact_as_the_reference(rule: str, data: st.DataObject) -> None:
     agrees(rule, data.draw(calls(rule)))
+
+
+@pytest.mark.parametrize("rule", NATIVE)
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_one_token_of_whole_vectors_is_as_exact_as_the_reference(rule: str, data: st.DataObject) -> None:
+    """The way through `step.h`."""
+    agrees(rule, data.draw(calls(rule, st.just(1), st.sampled_from((16, 32, 144)))))
 
 
 def test_a_batch_of_nothing_is_nothing() -> None:
@@ -210,8 +219,9 @@ def test_wrong_features_are_named() -> None:
 # -- memory and threads ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("length", (67, 1))
 @pytest.mark.parametrize("rule", (*NATIVE, "features"))
-def test_nothing_is_read_or_written_beside_the_tensors(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_or_written_beside_the_tensors(rule: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs are surrounded by NaN, which would show in the results, and results by a pattern that must stay."""
     made: list[tuple[Tensor, int]] = []
 
@@ -222,13 +232,19 @@ def test_nothing_is_read_or_written_beside_the_tensors(rule: str, monkeypatch: p
         return block[64 : 64 + count].view(dtype).view(shape)
 
     monkeypatch.setattr(native, "_made", guarded)
-    with sizes(2, 5, 7, 9):
-        args = case(rule if rule != "features" else "additive", 67, 5, dtype=torch.float32, decay=1)
+    with sizes(2, *((16, 32, 16) if length == 1 else (5, 7, 9))):
+        args = case(rule if rule != "features" else "additive", length, 5, dtype=torch.float32, decay=1)
         if rule == "hybrid":
             args = after(rule, args, reference(rule, case(rule, 9, 6, dtype=torch.float32, decay=1)))
     if rule == "features":
         names = ("x", "weight", "bias", "gain_weight", "gain_bias", "kind", "scale")
-        args = dict(zip(names, features_call("landmark", 0, (2, 3, 67, 5), 7, torch.float32, 1.0), strict=True))
+        args = dict(
+            zip(
+                names,
+                features_call("landmark", 0, (2, 3, length, 5), 16 if length == 1 else 7, torch.float32, 1.0),
+                strict=True,
+            )
+        )
     function: Callable[..., Any] = native.attention_features if rule == "features" else NATIVE[rule]
     want, made[:] = function(*args.values()), []
     poisoned = {n: surrounded(a) if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in args.items()}
@@ -292,6 +308,9 @@ def test_processors_with_shorter_vectors(flags: tuple[str, ...], monkeypatch: py
     with sizes(2, 33, 20, 17):
         agrees("additive", case("additive", 150, 1, dtype=torch.float32, decay=3, padding="any"))
         agrees("hybrid", case("hybrid", 150, 2, dtype=torch.bfloat16, decay=1, padding="left", window=64))
+    with sizes(2, 16, 32, 16):
+        earlier = reference("hybrid", case("hybrid", 20, 3, dtype=torch.float32, decay=1, window=17))
+        agrees("hybrid", after("hybrid", case("hybrid", 1, 4, dtype=torch.float32, decay=1, window=17), earlier))
     for kind in features_op.KINDS:
         args = features_call(kind, 3, (2, 3, 67, 19), 21, torch.float32, 1.0)
         features_agree(args)

@@ -17,9 +17,9 @@ from rewriter.kernels import choosing
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
-    choosing._known.cache_clear()
-    yield tmp_path / "tuning" / choosing.FILE
-    choosing._known.cache_clear()
+    choosing.CPU.forget()
+    yield tmp_path / "tuning" / choosing.CPU.file
+    choosing.CPU.forget()
 
 
 def _ways(calls: Counter[str]) -> dict[str, Callable[[], None]]:
@@ -37,7 +37,7 @@ def test_the_fastest_is_measured_once_and_kept(file: Path) -> None:
     calls: Counter[str] = Counter()
     assert choosing.fastest("a kind", _ways(calls)) == "quick"
     assert calls == {"slow": choosing.REPEATS + 1, "quick": choosing.REPEATS + 1}
-    choosing._known.cache_clear()  # another process
+    choosing.CPU.forget()  # another process
     assert choosing.fastest("a kind", _ways(calls)) == "quick"
     assert calls.total() == 2 * (choosing.REPEATS + 1)
     assert choosing.fastest("another kind", _ways(calls)) == "quick"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rewriter
-from rewriter.kernels.cross_entropy.op import linear_cross_entropy
+from rewriter.kernels.cross_entropy.op import linear_cross_entropy, linear_cross_entropy_reduced
 from rewriter.optimized import Optimized
 from rewriter.passes import Fuse
 
@@ -67,7 +67,8 @@ def optimized(model: nn.Module, args: tuple[Tensor, ...]) -> Optimized:
 
 
 def fused(opt: Optimized) -> int:
-    return sum(node.target is linear_cross_entropy for node in opt.program.graph.nodes)
+    operators = (linear_cross_entropy, linear_cross_entropy_reduced)
+    return sum(node.target in operators for node in opt.program.graph.nodes)
 
 
 TAKEN: dict[str, dict[str, Any]] = {

@@ -28,6 +28,7 @@ UNTRAINED = {
 }
 FORMS: dict[str, dict[str, Any]] = {"landmark": {}, **UNTRAINED}
 MODULES = ["landmark", "gated delta"]  # forms that go back into the model's class
+SITE = "model.layers.0.self_attn"
 SMALL_FORMS: dict[str, dict[str, Any]] = {
     "terrace": {"block": "terrace", "sinks": 2},
     "hedgehog": {"feature_map": "hedgehog", "gate": "fixed", "anchor": "max"},
@@ -166,6 +167,26 @@ def test_decoding_equals_the_parallel_form_with_constant_memory(form: str) -> No
         parts += [state.step(ids[:, t])[:, None] for t in range(9, LENGTH)]
         torch.testing.assert_close(torch.cat(parts, 1)[:, 3:], expected[:, 3:], rtol=0, atol=2e-6)
         assert state.constant and state.nbytes == held > 0 and state.length == LENGTH
+    assert state.by_class == {"landmark": "", "gated delta": f"{SITE}: more than one operator of it has a state"}[form]
+    state.reset()
+    state.prefill(ids[:1, :9])  # another number of sequences, and steps in between that need the class
+    with torch.autocast("cpu"):
+        state.step(ids[:1, 9])
+    state.step(ids[:1, 10])
+    assert state.length == 11 and state.step(ids[:1, 11]).shape == (1, VOCABULARY)
+
+
+def test_features_of_positions_are_decoded_by_the_class() -> None:
+    """A graph of one token would number each of them 0."""
+    opt = rewriter.optimize(
+        llama(),
+        [LinearAttention(min_length=None, window=4, feature_map="cosformer", horizon=LENGTH)],
+        calibration=[tokens()],
+    )
+    ids, state = tokens(2), rewriter.DecodeState(opt)
+    parts = [state.prefill(ids[:, :9])] + [state.step(ids[:, t])[:, None] for t in range(9, LENGTH)]
+    torch.testing.assert_close(torch.cat(parts, 1), logits(opt, ids), rtol=0, atol=2e-6)
+    assert "cumsum" in state.by_class
 
 
 def test_a_softmax_layer_that_was_kept_keeps_its_keys() -> None:
