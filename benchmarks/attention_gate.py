@@ -15,8 +15,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from timing import interleaved, machine
 from torch import Tensor
 
@@ -85,13 +83,14 @@ def row(name: str, form: Form) -> tuple[str, ...]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("forms", nargs="*", help=f"of {', '.join(FORMS)}; default: all")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     torch.set_num_threads(given.threads)
-    table = Table("form", "pays from", "the gate says", "softmax / linear there", "overhead there", title=machine())
-    for name, form in FORMS.items():
-        table.add_row(*row(name, form))
-    Console(width=120).print(table)
+    print(machine())
+    print("form | pays from | the gate says | softmax / linear there | overhead there")
+    for name in given.forms or FORMS:
+        print(" | ".join(row(name, FORMS[name])), flush=True)
 
 
 if __name__ == "__main__":

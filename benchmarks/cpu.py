@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from cpu_work import attention, heads, layers, model
 from cpu_work.memory import loss_memory
+from cpu_work.peak import peak
 from cpu_work.work import OURS, Work
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +42,7 @@ class Row:
 
     Attributes:
         ours, theirs: seconds, per unit of work.
-        ratio: theirs over ours; against "speed of memory" the share of it.
+        ratio: theirs over ours; against "speed of memory" and "of arithmetic" the share of it.
         asked: what the ratio should be; None where nothing is asked.
         bound: what the ratio would be at the speed of memory; None where memory is not what bounds it.
         noisy: a side's quartiles were more than 1.5 apart, twice.
@@ -104,6 +105,10 @@ def _rows(work: Work, threads: int, timings: dict[str, Timing], speed: float) ->
     if work.share:
         share, noisy = at_bound / ours, timings[OURS].noisy
         yield Row(work.group, work.name, threads, "speed of memory", ours, at_bound, share, work.share, None, noisy)
+        if work.flops and (most := peak(threads, work.dtype)):
+            least = work.flops / most
+            share = least / ours
+            yield Row(work.group, work.name, threads, "speed of arithmetic", ours, least, share, None, None, noisy)
     for name, theirs in per_unit.items():
         if name == OURS:
             continue
@@ -162,7 +167,9 @@ def page(results: Results) -> str:
         "",
         "Made by `benchmarks/cpu.py`; the sides of a row took turns within one run. *Theirs* and *ours* are medians per call",
         "(per token where lengths differ). The ratio is theirs over ours; *at the bound* is what it would be if ours took",
-        f"only the time to read and write its bytes once. {NOISY}: quartiles more than 1.5 apart, twice.",
+        "only the time to read and write its bytes once. Against *speed of memory* stands that time, against *speed of",
+        "arithmetic* the time of its operations if all were multiply-adds in registers. "
+        f"{NOISY}: quartiles more than 1.5 apart, twice.",
         "",
         f"Machine: {results.machine}. Memory read by a sum over 256 MiB: "
         + ", ".join(f"{speed / 1e9:.3g} GB/s at {t} thread{'s' * (t != '1')}" for t, speed in results.bandwidth.items())

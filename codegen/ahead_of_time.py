@@ -90,7 +90,11 @@ class Compiled:
         limit = TARGETS[self.target]
         return [
             *([f"{self.spills} bytes spilled per thread"] if self.spills else []),
-            *([f"{self.shared} bytes of shared memory, {limit.shared} there are"] if self.shared > limit.shared else []),
+            *(
+                [f"{self.shared} bytes of shared memory, {limit.shared} there are"]
+                if self.shared > limit.shared
+                else []
+            ),
             *(["float32 is multiplied as TF32"] if self.narrowed else []),
             *([f"{self.registers} registers, {limit.registers} there are"] if self.registers > limit.registers else []),
         ]
@@ -105,20 +109,23 @@ def compile(start: Start, target: str | Target) -> Compiled:
         ExportError: the kernel does not compile for the target; the compiler's message is in the text.
     """
     chip = TARGETS[target] if isinstance(target, str) else target
-    signature, constants, attributes = _specialised(start)
-    source = ASTSource(start.kernel, signature, constants, attributes)
-    options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
-    name = str(start.kernel.__name__)
-    try:
-        artifact = triton.compile(source, target=chip.gpu, options=options)
-    except (CompilationError, RuntimeError) as error:
-        raise ExportError(f"kernel {name} does not compile for {chip.name}: {error}") from error
+    artifact, name = built(start, chip), str(start.kernel.__name__)
     registers, spills = _amd(artifact.asm["amdgcn"]) if chip.gpu.backend == "hip" else _nvidia(artifact.asm["cubin"])
     text = artifact.asm["amdgcn" if chip.gpu.backend == "hip" else "ptx"]
     found = tuple(instruction for instruction in chip.matrix if instruction in text)
     shared, warps = int(artifact.metadata.shared), int(artifact.metadata.num_warps)
     narrowed = "ieee" in start.constants.values() and "tf32" in text
     return Compiled(name, chip.name, registers, spills, shared, found, warps, narrowed)
+
+
+def built(start: Start, chip: Target) -> Any:
+    """What Triton makes of a start, from its cache where it is there. Raises ExportError."""
+    source = ASTSource(start.kernel, *_specialised(start))
+    options = {"num_warps": start.num_warps, "num_stages": start.num_stages}
+    try:
+        return triton.compile(source, target=chip.gpu, options=options)
+    except (CompilationError, RuntimeError) as error:
+        raise ExportError(f"kernel {start.kernel.__name__} does not compile for {chip.name}: {error}") from error
 
 
 # --- what the just-in-time compiler would specialise on -----------------------------------------------------

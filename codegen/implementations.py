@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rewriter.codegen import roofline
 from rewriter.codegen.calls import Call, calls
+from rewriter.codegen.emitting import EmittedSite
 from rewriter.codegen.lowering import Lowered, lower
 from rewriter.errors import PlanError
 from rewriter.kernels.launching import Request, recorded
@@ -116,17 +117,17 @@ def _on_gpu(call: Call, runs: SiteCode, lowered: Lowered, target: str) -> Implem
     bound = roofline.bound(cost, chip.bandwidth, chip.flops)
     if runs.code == "reference":
         return Implementation(runs, call.rule, target, (), bound.seconds, bound.by, None)
-    requests = site.requests() if site else _requests(call)
-    kernels, work = [], []
-    for request in requests:
-        kernels.append(_compiled(request, target))
-        work.append(_bytes(request))
-    shares = [(kernel.programs, size) for kernel, size in zip(kernels, work, strict=True)]
-    seconds = roofline.predicted(bound.seconds, shares, chip)
-    return Implementation(runs, call.rule, target, tuple(kernels), bound.seconds, bound.by, seconds)
+    requests = requests_of(call, site)
+    kernels = tuple(_compiled(request, target) for request in requests)
+    work = [(kernel.programs, _bytes(request)) for kernel, request in zip(kernels, requests, strict=True)]
+    seconds = roofline.predicted(bound.seconds, work, chip)
+    return Implementation(runs, call.rule, target, kernels, bound.seconds, bound.by, seconds)
 
 
-def _requests(call: Call) -> list[Request]:
+def requests_of(call: Call, site: EmittedSite | None) -> list[Request]:
+    """What a call would start on a GPU: its emitted kernel, or its operator's. Raises Unsupported."""
+    if site is not None:
+        return site.requests()
     with recorded() as requests, torch.no_grad():
         REGISTRY[call.node.target].implementation("cuda")(*call.arguments("meta"))
     return requests

@@ -151,7 +151,9 @@ def _copy_weights_in_lists(program: ExportedProgram) -> None:
             continue
         with program.graph.inserting_before(inside[0]):
             copy = program.graph.call_function(torch.ops.aten.clone.default, (weight,))
-        copy.meta = dict(inside[0].meta) | {"val": weight.meta["val"]}
+        # Provenance alone: ``tensor_meta`` is the result's.
+        kept = {key: inside[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in inside[0].meta}
+        copy.meta = {"val": weight.meta["val"], **kept}
         for user in inside:
             user.replace_input_with(weight, copy)
 

@@ -36,8 +36,9 @@ from rewriter.straightline import straight
 # Operators besides pointwise ones and our own that may be told by the shapes of their results to compute each position
 # from itself alone: a place that is moved keeps its size, and sums over the sequence, or parts of it, have another one.
 _MOVING = frozenset(
-    "alias cat chunk clone contiguous detach dropout expand expand_as flatten permute repeat repeat_interleave reshape "
-    "select slice split split_with_sizes squeeze stack t to transpose unbind unflatten unsqueeze view view_as".split()
+    "alias cat chunk clone contiguous detach dropout expand expand_as flatten full_like ones_like permute repeat "
+    "repeat_interleave reshape select slice split split_with_sizes squeeze stack t to transpose unbind unflatten unsqueeze "
+    "view view_as zeros_like".split()
 )
 _ROWWISE = frozenset(
     "addmm amax amin baddbmm bmm embedding layer_norm linear matmul mean mm native_layer_norm rms_norm sum sym_size".split()

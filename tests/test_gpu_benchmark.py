@@ -39,6 +39,11 @@ def test_every_operator_with_a_gpu_kernel_has_a_case(measuring: ModuleType) -> N
     assert {name for name in kernels if "_backward" not in name} <= called
 
 
+def test_the_page_has_the_least_times_of_today(gpu: ModuleType) -> None:
+    """They follow from the cost models; `benchmarks/gpu.py --bounds` writes them."""
+    assert gpu.markdown() in (BENCHMARKS.parent / "docs" / "kernels.md").read_text()
+
+
 def test_a_case_that_raises_costs_no_other(measuring: ModuleType) -> None:
     names = [case.name for case in measuring.cases()]
     wrong, right = measuring.work("cpu", True, ["no such case", next(n for n in names if n.startswith("hybrid"))])

@@ -51,7 +51,8 @@ def _logits(batch: int, dtype: torch.dtype, asked: float) -> Work:
 
 def _cold(batch: int, dtype: torch.dtype) -> Work:
     name = f"{_label(batch, dtype)}, codebooks take turns"
-    return Work("VQ-logits tiers", name, partial(_evicted, batch, dtype), {}, _traffic(batch, dtype), share=0.8)
+    sides, flops = partial(_evicted, batch, dtype), 2 * batch * CODES * WIDTH
+    return Work("VQ-logits tiers", name, sides, nbytes=_traffic(batch, dtype), share=0.8, flops=flops, dtype=dtype)
 
 
 def _evicted(batch: int, dtype: torch.dtype) -> Mapping[str, Call]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from timing import Call
 
 OURS = "ours"
@@ -25,6 +26,7 @@ class Work:
         at_least: how many times faster than a side ours must be.
         nbytes: bytes that ours has to read and write; 0 where memory is not what bounds it.
         share: of the speed of memory, asked of ours; 0 where that is not the question.
+        flops: operations of ours, and `dtype` they are in; 0 where arithmetic is not what bounds it.
         units: what a time is divided by, by side, where sides do unequal amounts of work.
     """
 
@@ -34,6 +36,8 @@ class Work:
     at_least: Mapping[str, float] = field(default_factory=dict)
     nbytes: int = 0
     share: float = 0.0
+    flops: int = 0
+    dtype: torch.dtype = torch.float32
     units: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -31,6 +31,13 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_slope(x):
+    """1 − tanh² x, which would cancel, as 4 e / (1 + e)² with e = exp(−2 |x|)."""
+    small = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * small / ((1.0 + small) * (1.0 + small))
+
+
+@triton.jit
 def capped(logits, softcap):
     """c tanh(l / c), or l without a cap."""
     if softcap is None:
@@ -41,11 +48,11 @@ def capped(logits, softcap):
 
 @triton.jit
 def logit_tile(
-    x_ptr, weight_ptr, bias_ptr, rows, columns, row_inside, column_inside, width, softcap,
+    x_ptr, weight_ptr, bias_ptr, rows, columns, row_inside, column_inside, width,
     x_row, x_feature, weight_row, weight_feature,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """l ``[BM, BN]`` in float32; 0 (or the cap of it) outside. Weight and bias are read in the dtype of x."""
+    """w_i·x + b_i ``[BM, BN]`` in float32; 0 outside. Weight and bias are read in the dtype of x."""
     acc = tl.zeros([BM, BN], tl.float32)
     row_places = rows.to(tl.int64)[:, None] * x_row
     column_places = columns.to(tl.int64)[None, :] * weight_row
@@ -65,7 +72,7 @@ def logit_tile(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=column_inside, other=0.0)
         acc += bias.to(x_ptr.dtype.element_ty).to(tl.float32)[None, :]
-    return capped(acc, softcap)
+    return acc
 
 
 @triton.jit
@@ -90,10 +97,11 @@ def partial_losses(
     for start in range(first, last, BN):
         columns = start + tl.arange(0, BN)
         column_inside = columns < last
-        logits = logit_tile(
-            x_ptr, weight_ptr, bias_ptr, rows, columns, row_inside, column_inside, width, softcap,
+        tile = logit_tile(
+            x_ptr, weight_ptr, bias_ptr, rows, columns, row_inside, column_inside, width,
             x_row, x_feature, weight_row, weight_feature, BM, BN, BK, PRECISION,
         )  # fmt: skip
+        logits = capped(tile, softcap)
         maximum, total = running(maximum, total, tl.where(column_inside[None, :], logits, float("-inf")))
         own = (columns[None, :] == target[:, None]) & column_inside[None, :]
         picked += tl.sum(tl.where(own, logits, 0.0), 1)
@@ -183,10 +191,11 @@ def logit_gradients(
     columns = first + tl.program_id(1) * BN + tl.arange(0, BN)
     column_inside = columns < last
     inside = row_inside[:, None] & column_inside[None, :]
-    logits = logit_tile(
-        x_ptr, weight_ptr, bias_ptr, rows, columns, row_inside, column_inside, width, softcap,
+    tile = logit_tile(
+        x_ptr, weight_ptr, bias_ptr, rows, columns, row_inside, column_inside, width,
         x_row, x_feature, weight_row, weight_feature, BM, BN, BK, PRECISION,
     )  # fmt: skip
+    logits = capped(tile, softcap)
     target = tl.load(target_ptr + rows, mask=row_inside, other=ignore_index)
     counted = target != ignore_index  # nothing is outside
     kept = tl.load(grad_ptr + rows, mask=counted, other=0.0)
@@ -205,8 +214,7 @@ def logit_gradients(
         m = tl.load(class_weight_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
         acc -= to_each[:, None] * m[None, :]
     if softcap is not None:
-        ratio = logits / softcap
-        acc *= 1.0 - ratio * ratio
+        acc *= tanh_slope(tile / softcap)
     block = tl.program_id(0).to(tl.int64) * classes
     if to_bias_ptr is not None:
         tl.store(to_bias_ptr + block + columns, tl.sum(tl.where(inside, acc, 0.0), 0), mask=column_inside)
@@ -255,18 +263,20 @@ def losses_and_gradients(
     # ∂l_i = ((1 − ε) m_y + ε/V Σ_j m_j) exp(l_i − log Z) − (1 − ε) m_y [i = y] − ε/V m_i
     to_own = (1.0 - smoothing) * m
     to_each = smoothing / classes
+    base = finite(maximum)
+    to_share = (to_own + to_each * every) / total  # exp(l − m) / s is more exact than exp(l − log Z)
     for start in range(0, classes, BN):
         columns = start + tl.arange(0, BN)
         inside = columns < classes
-        logits = capped(tl.load(logits_row + columns, mask=inside, other=0.0).to(tl.float32), softcap)[None, :]
-        acc = (to_own + to_each * every) * tl.exp(logits - log_z[:, None])
+        tile = tl.load(logits_row + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        logits = capped(tile, softcap)
+        acc = to_share[:, None] * tl.exp(logits - base[:, None])
         acc -= tl.where((columns == target)[None, :], to_own, 0.0)
         if class_weight_ptr is None:
             acc -= to_each
         else:
             acc -= to_each * tl.load(class_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
         if softcap is not None:
-            ratio = logits / softcap
-            acc *= 1.0 - ratio * ratio
+            acc *= tanh_slope(tile / softcap)
         acc = tl.where(counted, acc, 0.0).to(logits_ptr.dtype.element_ty)
         tl.store(logits_row[None, None] + columns[None, :], acc, mask=inside[None, :])

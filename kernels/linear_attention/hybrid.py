@@ -17,8 +17,8 @@ a_n says what the linear terms are measured against:
                                      and is the larger of the maximum and the log of the linear mass
 
 No key outside the window ⇒ exactly softmax, whatever γ. Without feature maps there are no linear terms: window
-softmax alone. Positions are counted over real tokens, so that left padding changes nothing; padding between tokens
-is not supported by sliding windows, which count it.
+softmax alone. Blocks and sinks are counted over real tokens, so that left padding changes nothing. Padding between
+tokens takes room in the window: a sliding one counts it, and a terrace ends after 2 w positions, all a cache holds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def parallel(x: Inputs, setting: Setting) -> Tensor:
     near = distance < setting.window
     if setting.block == "terrace":
         blocks = rank.div(setting.window, rounding_mode="floor")
-        near = blocks.unsqueeze(-2) >= blocks.unsqueeze(-1) - 1
+        near = (blocks.unsqueeze(-2) >= blocks.unsqueeze(-1) - 1) & (distance <= setting.reach)
     near = near | (rank < setting.sinks).unsqueeze(-2)
     visible = (distance >= 0) & keep.unsqueeze(-2)
     soft = (visible & near).unsqueeze(1)
@@ -158,7 +158,7 @@ class _Blocks:
             if setting.block == "terrace":
                 own = self._of_queries(whole.rank.unsqueeze(-1))
                 before = own.div(setting.window, rounding_mode="floor") - 1
-                near = rank.div(setting.window, rounding_mode="floor") >= before
+                near = (rank.div(setting.window, rounding_mode="floor") >= before) & (distance <= setting.reach)
         return (visible & near)[:, None, None], (visible & ~near)[:, None, None]
 
     def sink_mask(self, whole: Sequence, setting: Setting) -> Tensor:

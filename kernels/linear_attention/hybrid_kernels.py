@@ -52,7 +52,7 @@ def pair_masks(rows, valid, own, keys, real, rank, window, sinks, TERRACE: tl.co
     if SINKS:
         visible = visible & (rank >= sinks)[None, :]
     if TERRACE:
-        near = (rank // window)[None, :] >= (own // window)[:, None] - 1
+        near = ((rank // window)[None, :] >= (own // window)[:, None] - 1) & (distance < 2 * window)
     return distance, visible & near, visible & (near == 0)
 
 

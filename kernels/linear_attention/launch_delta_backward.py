@@ -130,7 +130,7 @@ def _key_gradients(
     x.start(
         delta_gradient_kernels.delta_key_gradients_kernel,
         lambda c: (x.rows, x.chunks, parts),
-        Config(sizes, num_warps=4, num_stages=1),
+        Config(sizes, num_warps=8, num_stages=1),
         **do,
         states_ptr=states,
         written_ptr=written,

@@ -5,6 +5,7 @@
 // planes of 128 columns are transposed in registers to sixteen lanes of eight 4-bit words; a weight is then a shift and
 // a lookup. More than four planes are two such tables. Layouts: codec.py beside this file.
 #include "linear.h"
+#include "planes.h"
 
 constexpr Floats SIGNS[4] = {
     {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1},
@@ -29,35 +30,32 @@ struct Packed {
     long groups() const { return (in + group - 1) / group; }
 };
 
-// The codes of a row, by block: in place, or from a copy padded with zeros where a block is cut off.
+// The codes of a row.
 struct Planes {
-    const uint8_t *codes, *ahead;
-    long bytes, whole;
-    uint8_t rest[BITS][16];
+    const uint8_t* codes;
+    long bytes;
 
     void open(const Packed& w, long row) {
-        constexpr long AHEAD = 2 * PAIR;  // rows: memory is asked for this early
         bytes = w.bytes();
-        whole = bytes / 16;
         codes = w.codes + row * BITS * bytes;
-        ahead = codes + AHEAD * BITS * bytes;
-        if (bytes % 16 == 0) return;
-        memset(rest, 0, sizeof rest);
-        for (int b = 0; b < BITS; b++) memcpy(rest[b], codes + b * bytes + whole * 16, bytes % 16);
     }
 
-    void read(Ints index[QUADS], long block) const {
-        const uint8_t* from = block < whole ? codes + block * 16 : rest[0];
-        const long stride = block < whole ? bytes : 16;
-        if (block % 4 == 0) {  // a cache line of every plane
-            UNROLLED
-            for (int b = 0; b < BITS; b++) __builtin_prefetch(ahead + b * bytes + block * 16);
-        }
+    long whole() const { return bytes / 64 * 4; }
+
+    // The words of four blocks, up to four planes at a time.
+    template <bool WHOLE>
+    void read(Ints index[QUADS][4], long block) const {
+        constexpr long AHEAD = PANEL;  // rows: memory is asked for this early
+        const uint8_t* from = codes + block * 16;
         UNROLLED
-        for (int q = 0; q < QUADS; q++) {
-            // A plane that is not there reads as the last one; its scale is 0.
-            const auto plane = [=](int b) { return from + (4 * q + b < BITS ? 4 * q + b : BITS - 1) * stride; };
-            index[q] = transposed(plane(0), plane(1), plane(2), plane(3));
+        for (int b = 0; b < BITS; b++) __builtin_prefetch(from + (AHEAD * BITS + b) * bytes);
+        UNROLLED
+        for (int f = 0; f < QUADS; f++) {
+            Bytes planes[4];
+            UNROLLED
+            for (int b = 0; b < 4; b++)  // a plane that is not there reads as the last one; its scale is 0
+                planes[b] = load_bytes(from + (4 * f + b < BITS ? 4 * f + b : BITS - 1) * bytes, WHOLE ? 64 : bytes - block * 16);
+            transposed(index[f], planes);
         }
     }
 };
@@ -75,15 +73,23 @@ struct Tabled {
         float alpha[4 * QUADS][UNITS];
     };
 
+    static constexpr bool DIRECT = DOT_PRODUCTS && QUADS == 1;
+
+    struct Quad {
+        Ints index[QUADS][4];
+    };
+
     struct Block {
         Ints index[QUADS];
         Floats table[QUADS][PARTS];
+        Shorts pairs[PARTS == 1 ? 1 : 2];  // of tables in bfloat16
     };
 
     static constexpr int place(int k, int l) { return 64 * (k & 1) + 4 * l + (k >> 1); }
+    static constexpr int place_narrow(int k, int l) { return 64 * (k & 1) + 2 * l + (k >> 1); }
 
     void open(Row& row, long number, long first, long last) const {
-        if (first == 0) row.planes.open(w, number);
+        row.planes.open(w, number);
         row.first = first;
         const long end = (w.in * PARTS + BLOCK - 1) / BLOCK;  // units that have a group
         for (long unit = first * PARTS; unit < last * PARTS; unit += LANES) {
@@ -94,48 +100,75 @@ struct Tabled {
 
     // The scales of sixteen units from `unit` on, 0 from `count` on; `base` is the row's first group.
     void scales(Row& row, long to, long base, long unit, long count) const {
-        if constexpr (!SHARED) {
-            float bases[LANES][BITS];  // of a group, side by side
-            if (per == 1) {
-                for (long from = 0; from < count * BITS; from += LANES) {
-                    const long left = count * BITS - from, some = left < LANES ? left : LANES;
-                    store(bases[0] + from, load_floats(w.scale, w.type, (base + unit) * BITS + from, some));
-                }
-            } else {
-                for (long l = 0; l < count; l++) {
-                    const Floats group = load_floats(w.scale, w.type, (base + (unit + l) / per) * BITS, BITS);
-                    memcpy(bases[l], &group, sizeof bases[l]);
-                }
+        if constexpr (SHARED) return shared(row, to, base, unit, count);
+        float bases[LANES][BITS] = {};  // of a group, side by side
+        if (per == 1) {
+            for (long from = 0; from < count * BITS; from += LANES) {
+                const long left = count * BITS - from, some = left < LANES ? left : LANES;
+                const Floats found = load_floats(w.scale, w.type, (base + unit) * BITS + from, some);
+                memcpy(bases[0] + from, &found, some * sizeof(float));
             }
-            for (int b = 0; b < 4 * QUADS; b++)
-                for (int l = 0; l < LANES; l++) row.alpha[b][to + l] = b < BITS && l < count ? bases[l][b] : 0;
-            return;
-        }
-        Floats shared{};
-        uint8_t copy[LANES * EXPONENTS] = {};
-        const uint8_t* packed = copy;
-        if (per == 1 && count == LANES) {
-            shared = load_floats(w.scale, w.type, base + unit, LANES);
-            packed = w.shift + (base + unit) * EXPONENTS;
         } else {
-            for (long l = 0; l < count; l++) {
-                const long group = base + (unit + l) / per;
-                shared[l] = load_floats(w.scale, w.type, group, 1)[0];
-                memcpy(copy + l * EXPONENTS, w.shift + group * EXPONENTS, EXPONENTS);
-            }
+            each_group(unit, count, [&](long l, long group, bool again) {
+                if (again) {
+                    memcpy(bases[l], bases[l - 1], sizeof bases[l]);
+                } else {
+                    const Floats found = load_floats(w.scale, w.type, (base + group) * BITS, BITS);
+                    memcpy(bases[l], &found, sizeof bases[l]);
+                }
+            });
         }
-        const Ints exponents = words<EXPONENTS>(packed);
-        for (int b = 0; b < 4 * QUADS; b++) {
-            // alpha = scale · 2^-k; a plane that is not there has none
-            const Floats factor = (Floats)((127 - ((exponents >> (4 * b)) & 15)) << 23);
-            store(&row.alpha[b][to], b < BITS ? shared * factor : Floats{});
+        for (int b = 0; b < 4 * QUADS; b++)
+            for (int l = 0; l < LANES; l++) row.alpha[b][to + l] = b < BITS ? bases[l][b] : 0;
+    }
+
+    // alpha = scale · 2^-k; a plane that is not there has none.
+    void shared(Row& row, long to, long base, long unit, long count) const {
+        constexpr Floats POWERS = {0x1p-0f, 0x1p-1f, 0x1p-2f,  0x1p-3f,  0x1p-4f,  0x1p-5f,  0x1p-6f,  0x1p-7f,
+                                   0x1p-8f, 0x1p-9f, 0x1p-10f, 0x1p-11f, 0x1p-12f, 0x1p-13f, 0x1p-14f, 0x1p-15f};
+        Floats scale;
+        Ints exponents;
+        if (per == 1 && count == LANES) {
+            scale = load_floats(w.scale, w.type, base + unit, LANES);
+            exponents = words<EXPONENTS>(w.shift + (base + unit) * EXPONENTS);
+        } else {
+            float scales[LANES] = {};
+            uint8_t packed[LANES * EXPONENTS] = {};
+            each_group(unit, count, [&](long l, long group, bool again) {
+                scales[l] = again ? scales[l - 1] : load_floats(w.scale, w.type, base + group, 1)[0];
+                memcpy(packed + l * EXPONENTS, w.shift + (base + group) * EXPONENTS, EXPONENTS);
+            });
+            scale = load<Floats>(scales);
+            exponents = words<EXPONENTS>(packed);
+        }
+        for (int b = 0; b < 4 * QUADS; b++)
+            store(&row.alpha[b][to], b < BITS ? scale * lookup(POWERS, exponents >> (4 * b)) : Floats{});
+    }
+
+    // use(l, group of the unit l places behind `unit`, whether it is that of the unit before).
+    template <class Use>
+    void each_group(long unit, long count, const Use& use) const {
+        long group = unit / per, left = per - unit % per;
+        for (long l = 0; l < count; l++) {
+            use(l, group, l > 0 && left != per);
+            if (--left == 0) {
+                group++;
+                left = per;
+            }
         }
     }
 
-    void step(Block& part, const Row& row, long block) const {
-        row.planes.read(part.index, block);
+    long whole(const Row& row) const { return row.planes.whole(); }
+
+    template <bool WHOLE>
+    void read(Quad& quad, const Row& row, long block) const {
+        row.planes.template read<WHOLE>(quad.index, block);
+    }
+
+    void step(Block& part, const Quad& quad, const Row& row, long block, int at) const {
         UNROLLED
         for (int q = 0; q < QUADS; q++) {
+            part.index[q] = quad.index[q][at];
             UNROLLED
             for (int p = 0; p < PARTS; p++) {
                 const long unit = (block - row.first) * PARTS + p;
@@ -145,7 +178,24 @@ struct Tabled {
                 part.table[q][p] = table;
             }
         }
+        if constexpr (!DIRECT) return;
+        UNROLLED
+        for (int h = 0; h < (PARTS == 1 ? 1 : 2); h++)  // lane 16 and above find theirs from entry 16 on
+            part.pairs[h] = narrowed(part.table[0][PARTS == 4 ? 2 * h : h], part.table[0][PARTS == 4 ? 2 * h + 1 : h]);
     }
+
+#if DOT_PRODUCTS
+    Shorts narrow(const Block& part, int k) const {
+        // A lookup takes five bits. Where all lanes have one table it is there twice, else the lane decides.
+        Shorts word = (Shorts)part.index[0] >> (4 * k);
+        if (PARTS == 4) {
+            const Shorts upper = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                  16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16};
+            word = (word & 15) | upper;
+        }
+        return lookup(part.pairs[PARTS == 1 ? 0 : k & 1], word);
+    }
+#endif
 
     Floats weight(const Block& part, int k) const {
         Floats total = pick(part.table[0], part.index[0] >> (4 * k), k & 1);
@@ -171,22 +221,31 @@ struct Scattered {
         const float* alpha;
     };
 
+    typedef Tabled::Quad Quad;
+
     struct Block {
         Ints index[QUADS];
         const float* alpha;
         const int32_t* first;
     };
 
+    static constexpr bool DIRECT = false;
     static constexpr int place(int k, int l) { return Tabled::place(k, l); }
 
-    void open(Row& row, long number, long first, long) const {
-        if (first != 0) return;
+    void open(Row& row, long number, long, long) const {
         row.planes.open(w, number);
         row.alpha = (const float*)w.scale + number * w.groups() * BITS;
     }
 
-    void step(Block& part, const Row& row, long block) const {
-        row.planes.read(part.index, block);
+    long whole(const Row& row) const { return row.planes.whole(); }
+
+    template <bool WHOLE>
+    void read(Quad& quad, const Row& row, long block) const {
+        row.planes.template read<WHOLE>(quad.index, block);
+    }
+
+    void step(Block& part, const Quad& quad, const Row& row, long block, int at) const {
+        for (int q = 0; q < QUADS; q++) part.index[q] = quad.index[q][at];
         part.alpha = row.alpha;
         part.first = w.first + block * BLOCK;
     }
@@ -205,23 +264,9 @@ struct Scattered {
 
 using Kind = std::conditional_t<PARTS == 0, Scattered, Tabled>;
 
-// x float32 [batch, in], y float32 [batch, out]; `scratch` holds ceil(batch / tile) * tile * blocks * 128 floats.
-extern "C" void multiply(
-    const uint8_t* codes, const void* scale, const uint8_t* shift, const int32_t* first, int type, long out, long in,
-    long group, const float* x, float* scratch, const float* bias, float* y, long batch, int tile, int threads) {
-    const Packed w{codes, scale, shift, first, (Type)type, out, in, group};
-    ordered<Kind>(x, scratch, batch, in, tile, threads);
-    multiply_tiles(Kind{w}, Call{scratch, bias, y, out, in, batch, tile, threads});
+static Packed packed(const Call& c) {
+    return {(const uint8_t*)c.first,  c.scale, (const uint8_t*)c.third, (const int32_t*)c.fourth, (Type)c.scale_type,
+            c.out, c.in, c.group};
 }
 
-// Rows begin .. end - 1 of W, float32 [rows, blocks * 128], columns in the order `order` brings those of x to.
-extern "C" void decode(
-    const uint8_t* codes, const void* scale, const uint8_t* shift, const int32_t* first, int type, long out, long in,
-    long group, float* to, long begin, long end, int threads) {
-    const Packed w{codes, scale, shift, first, (Type)type, out, in, group};
-    decode_rows(Kind{w}, to, begin, end, in, threads);
-}
-
-extern "C" void order(const float* x, float* to, long batch, long in, int threads) {
-    ordered<Kind>(x, to, batch, in, 1, threads);
-}
+FUNCTIONS(packed)

@@ -2,7 +2,7 @@
 // Sixteen floats at a time, on any processor, and work spread over the threads torch already has.
 //
 // The vectors are the compiler's own (GCC and Clang), which splits them where registers are narrower. Only what
-// these cannot say is written per instruction set: a table lookup and a transposition of bits.
+// these cannot say is written per instruction set: a table lookup, products of bfloat16 (and in planes.h bits).
 #pragma once
 
 #include <atomic>
@@ -17,6 +17,8 @@
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint64_t Quads __attribute__((vector_size(64)));
+typedef uint16_t Shorts __attribute__((vector_size(64)));
+typedef uint16_t Shorts16 __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(64)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 
@@ -36,14 +38,26 @@ static inline void store(void* to, Vector v) {
     memcpy(to, &v, sizeof v);
 }
 
+// Keeps a loaded vector in its register: GCC would read memory again for every use, and loads are what is scarce.
+template <class Vector>
+static inline void hold(Vector& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#endif
+}
+
 static inline Floats all(float value) { return Floats{} + value; }
 
 static inline float sum(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float part[LANES];
     store(part, v);
     for (int width = LANES / 2; width; width /= 2)
         for (int l = 0; l < width; l++) part[l] += part[l + width];
     return part[0];
+#endif
 }
 
 // table[index & 15] per lane.
@@ -80,74 +94,27 @@ static inline Floats gather(const float* table, Ints index) {
 #endif
 }
 
-// Four planes of 128 bits -> sixteen lanes of eight 4-bit words: bits 4k to 4k + 3 of lane l are the four planes at
-// position 64 * (k & 1) + 4 * l + (k >> 1).
-static inline Ints transposed(const uint8_t* p0, const uint8_t* p1, const uint8_t* p2, const uint8_t* p3) {
-#if defined(__AVX512VBMI__) && defined(__GFNI__)
-    // Byte 7 - r of quad q: plane r at byte q for r < 4, plane r - 4 at byte q + 8 above; then an 8 x 8 transposition
-    // of bits per quad. "A x" over GF(2) with the unit vectors for x is a transposition of A.
-    alignas(64) static const uint8_t order[64] = {
-        56, 40, 24, 8,  48, 32, 16, 0, 57, 41, 25, 9,  49, 33, 17, 1, 58, 42, 26, 10, 50, 34,
-        18, 2,  59, 43, 27, 11, 51, 35, 19, 3, 60, 44, 28, 12, 52, 36, 20, 4,  61, 45, 29, 13,
-        53, 37, 21, 5,  62, 46, 30, 14, 54, 38, 22, 6, 63, 47, 31, 15, 55, 39, 23, 7};
-    __m512i z = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p0));
-    z = _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i*)p1), 1);
-    z = _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i*)p2), 2);
-    z = _mm512_inserti32x4(z, _mm_loadu_si128((const __m128i*)p3), 3);
-    z = _mm512_permutexvar_epi8(_mm512_load_si512(order), z);
-    return (Ints)_mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), z, 0);
-#else
-    const Bytes16 a = load<Bytes16>(p0), b = load<Bytes16>(p1), c = load<Bytes16>(p2), d = load<Bytes16>(p3);
-#define LOW8 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH8 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#define LOW16 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23
-#define HIGH16 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31
-#define LOW32 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23
-#define HIGH32 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31
-    const Bytes16 ab0 = __builtin_shufflevector(a, b, LOW8), cd0 = __builtin_shufflevector(c, d, LOW8);
-    const Bytes16 ab1 = __builtin_shufflevector(a, b, HIGH8), cd1 = __builtin_shufflevector(c, d, HIGH8);
-    // Dword q of (u0, u1): the four planes at byte q; of (v0, v1): at byte q + 8.
-    const Bytes16 u0 = __builtin_shufflevector(ab0, cd0, LOW16), u1 = __builtin_shufflevector(ab0, cd0, HIGH16);
-    const Bytes16 v0 = __builtin_shufflevector(ab1, cd1, LOW16), v1 = __builtin_shufflevector(ab1, cd1, HIGH16);
-    const Bytes16 quads[4] = {
-        __builtin_shufflevector(u0, v0, LOW32), __builtin_shufflevector(u0, v0, HIGH32),
-        __builtin_shufflevector(u1, v1, LOW32), __builtin_shufflevector(u1, v1, HIGH32)};
-#undef LOW8
-#undef HIGH8
-#undef LOW16
-#undef HIGH16
-#undef LOW32
-#undef HIGH32
-    // Transposing 8 x 8 bits: swap 1 x 1 blocks within 2 x 2, then 2 x 2 within 4 x 4, then 4 x 4 (Warren, "Hacker's
-    // Delight", 7-3).
-    Quads m = load<Quads>(quads);
-    Quads t = (m ^ (m >> 7)) & 0x00AA00AA00AA00AA;
-    m ^= t ^ (t << 7);
-    t = (m ^ (m >> 14)) & 0x0000CCCC0000CCCC;
-    m ^= t ^ (t << 14);
-    t = (m ^ (m >> 28)) & 0x00000000F0F0F0F0;
-    return (Ints)(m ^ t ^ (t << 28));
-#endif
-}
-
 // ------------------------------------------------------------------------------------ stored floats
 
 enum Type : int { FLOAT32, FLOAT16, BFLOAT16 };
 
 static inline Floats from_half(Ints h) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)h));
+#else
     const Ints magnitude = h & 0x7fff, exponent = magnitude >> 10;
     const Ints wide = (magnitude << 13) + ((exponent == 31) & (112 << 23)) + (112 << 23);
     const Ints subnormal = (Ints)(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
     const Ints value = (exponent == 0) ? subnormal : wide;
     return (Floats)(value | ((h & 0x8000) << 16));
+#endif
 }
 
 // Sixteen little-endian words of 1 to 4 bytes each.
 template <int BYTES>
 static inline Ints words(const uint8_t* from) {
-    typedef uint16_t Shorts __attribute__((vector_size(32)));
     if constexpr (BYTES == 1) return __builtin_convertvector(load<Bytes16>(from), Ints);
-    if constexpr (BYTES == 2) return __builtin_convertvector(load<Shorts>(from), Ints);
+    if constexpr (BYTES == 2) return __builtin_convertvector(load<Shorts16>(from), Ints);
     if constexpr (BYTES == 4) return load<Ints>(from);
     Bytes packed{};
     memcpy(&packed, from, LANES * 3);
@@ -171,6 +138,37 @@ static inline Floats load_floats(const void* array, Type type, long first, long 
     const Ints wide = words<2>(count < LANES ? part : from);
     return type == BFLOAT16 ? (Floats)(wide << 16) : from_half(wide);
 }
+
+// Both to bfloat16, to nearest even (subnormal ones may become 0).
+static inline Shorts narrowed(Floats low, Floats high) {
+#if defined(__AVX512BF16__)
+    return (Shorts)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+    Shorts16 half[2];
+    for (int h = 0; h < 2; h++) {
+        const Ints bits = (Ints)(h ? high : low), nan = (bits & 0x7fffffff) > 0x7f800000;
+        const Ints rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+        half[h] = __builtin_convertvector(nan ? Ints{} + 0x7fc0 : rounded, Shorts16);
+    }
+    return load<Shorts>(half);
+#endif
+}
+
+// Products of bfloat16 pairs, summed in float32, in one instruction (subnormal ones count as 0).
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define DOT_PRODUCTS 1
+
+static inline Floats dot(Floats sum, Shorts a, Shorts b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+// table[index & 31] per lane.
+static inline Shorts lookup(Shorts table, Shorts index) {
+    return (Shorts)_mm512_permutexvar_epi16((__m512i)index, (__m512i)table);
+}
+#else
+#define DOT_PRODUCTS 0
+#endif
 
 // ------------------------------------------------------------------------------------ threads
 

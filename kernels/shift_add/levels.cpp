@@ -21,34 +21,38 @@ struct Packed {
 
 struct Kind {
     const Packed& w;
-    const long bytes = (w.in * BITS + 7) / 8, whole = bytes / (LANES * BITS), groups = (w.in + w.group - 1) / w.group;
+    const long bytes = (w.in * BITS + 7) / 8, whole_blocks = bytes / (LANES * BITS), groups = (w.in + w.group - 1) / w.group;
     const long per = w.group >= w.in ? w.in : w.group / BLOCK;  // blocks in a group, for SPAN 128
 
+    static constexpr bool DIRECT = DOT_PRODUCTS && BITS == 4 && SPAN == 128;
+
     struct Row {
-        const uint8_t *codes, *ahead;
+        const uint8_t* codes;
         long first, base;  // block; group
         uint8_t rest[LANES * BITS];
         float scale[SEGMENT];
     };
 
+    struct Quad {};
+
     struct Block {
         Ints words[DWORDS];
         Floats table, scale;
+        Shorts pairs;  // the table in bfloat16, twice
         const int32_t* group_of;
         const float* scales;
     };
 
     static constexpr int place(int k, int l) { return 8 * l + k; }
+    static constexpr int place_narrow(int k, int l) { return 4 * l + k; }
 
     void open(Row& row, long number, long first, long last) const {
-        constexpr long AHEAD = 2 * PAIR;  // rows: memory is asked for this early
         row.codes = w.codes + number * bytes;
-        row.ahead = row.codes + AHEAD * bytes;
         row.first = first;
         row.base = number * groups;
-        if (last > whole) {  // a block is cut off: zeros behind its bytes
+        if (last > whole_blocks) {  // a block is cut off: zeros behind its bytes
             memset(row.rest, 0, sizeof row.rest);
-            memcpy(row.rest, row.codes + whole * LANES * BITS, bytes - whole * LANES * BITS);
+            memcpy(row.rest, row.codes + whole_blocks * LANES * BITS, bytes - whole_blocks * LANES * BITS);
         }
         if constexpr (SPAN != 128) return;
         for (long block = first; block < last; block += per == 1 ? LANES : 1) {
@@ -58,9 +62,18 @@ struct Kind {
         }
     }
 
-    void step(Block& part, const Row& row, long block) const {
-        const uint8_t* from = block < whole ? row.codes + block * LANES * BITS : row.rest;
-        __builtin_prefetch(row.ahead + block * LANES * BITS);
+    long whole(const Row&) const { return whole_blocks; }
+
+    template <bool WHOLE>
+    void read(Quad&, const Row& row, long block) const {
+        constexpr long AHEAD = PANEL;  // rows: memory is asked for this early
+        UNROLLED
+        for (int line = 0; line < BITS; line++)  // four blocks are so many cache lines
+            __builtin_prefetch(row.codes + AHEAD * bytes + block * LANES * BITS + 64 * line);
+    }
+
+    void step(Block& part, const Quad&, const Row& row, long block, int) const {
+        const uint8_t* from = block < whole_blocks ? row.codes + block * LANES * BITS : row.rest;
         if constexpr (SMALL) {
             part.words[0] = words<BITS>(from);
             part.table = load<Floats>(w.levels);
@@ -74,6 +87,7 @@ struct Kind {
         if constexpr (SPAN == 128) {
             part.scale = all(row.scale[block - row.first]);
             if constexpr (SMALL) part.table *= part.scale;
+            if constexpr (DIRECT) part.pairs = narrowed(part.table, part.table);
         } else if constexpr (SPAN == 8) {
             const Ints group = load<Ints>(w.group_of + block * LANES);
             const long from_group = w.group_of[block * LANES], left = groups - from_group;
@@ -100,29 +114,19 @@ struct Kind {
         }
     }
 
+#if DOT_PRODUCTS
+    Shorts narrow(const Block& part, int k) const { return lookup(part.pairs, (Shorts)part.words[0] >> (4 * k)); }
+#endif
+
     static Floats scale_of(const Block& part, int k) {
         if constexpr (SPAN > 1) return part.scale;
         return gather(part.scales, load<Ints>(part.group_of + k * LANES));
     }
 };
 
-// x float32 [batch, in], y float32 [batch, out]; `scratch` holds ceil(batch / tile) * tile * blocks * 128 floats.
-extern "C" void multiply(
-    const uint8_t* codes, const void* scale, const float* levels, const int32_t* group_of, int type, long out, long in,
-    long group, const float* x, float* scratch, const float* bias, float* y, long batch, int tile, int threads) {
-    const Packed w{codes, scale, levels, group_of, (Type)type, out, in, group};
-    ordered<Kind>(x, scratch, batch, in, tile, threads);
-    multiply_tiles(Kind{w}, Call{scratch, bias, y, out, in, batch, tile, threads});
+static Packed packed(const Call& c) {
+    return {(const uint8_t*)c.first, c.scale, (const float*)c.third, (const int32_t*)c.fourth, (Type)c.scale_type,
+            c.out, c.in, c.group};
 }
 
-// Rows begin .. end - 1 of W, float32 [rows, blocks * 128], columns in the order `order` brings those of x to.
-extern "C" void decode(
-    const uint8_t* codes, const void* scale, const float* levels, const int32_t* group_of, int type, long out, long in,
-    long group, float* to, long begin, long end, int threads) {
-    const Packed w{codes, scale, levels, group_of, (Type)type, out, in, group};
-    decode_rows(Kind{w}, to, begin, end, in, threads);
-}
-
-extern "C" void order(const float* x, float* to, long batch, long in, int threads) {
-    ordered<Kind>(x, to, batch, in, 1, threads);
-}
+FUNCTIONS(packed)

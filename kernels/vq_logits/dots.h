@@ -13,7 +13,7 @@ namespace {
 
 constexpr long SIDE = 8;               // rows that are multiplied together
 constexpr long BLOCK_BYTES = 98304;    // of C, which all rows use before the next: with that one, less than a second cache
-constexpr long AHEAD = 8;              // rows of C asked for early, where each is used once
+constexpr long AHEAD = 4;              // rows of C asked for early, where each is used once
 
 template <class T> struct Lanes;
 

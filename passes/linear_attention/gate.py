@@ -4,8 +4,9 @@
     softmax    2 · T² · (D + Dv) / 2 FLOPs per head (half of the scores are hidden where causal), q k v o read and written
     linear     the operator's own cost model (`KernelSpec.cost`), and two products with D × F parameters for the maps
 
-A FLOP of a fused softmax kernel costs less than one of the chunked form, which is why rewrites of short sequences lose
-although they compute less. The factor between them is the one constant here that is measured and not counted.
+Operations of the two do not take equally long. On a GPU those of a fused softmax kernel are the cheaper ones, which is
+why rewrites of short sequences lose although they compute less; on a CPU those of our kernels are, and those of the
+aten reference are not. These factors are the constants here that are measured and not counted.
 """
 
 from __future__ import annotations
@@ -29,27 +30,46 @@ class Machine:
     Attributes:
         flops: FLOP/s of a fused softmax attention.
         bandwidth: bytes/s.
-        overhead: how many times longer a FLOP of the linear form takes.
+        overhead: how many times longer a FLOP of the linear form takes in a kernel.
+        reference: the same where the aten reference runs (`has_kernel`).
+        both_ways: the same for bidirectional attention without a window: two products of matrices.
     """
 
     flops: float
     bandwidth: float
     overhead: float
+    reference: float
+    both_ways: float
 
 
 # cuda: H200-class rates in half precision; the overhead is the one at which the operator without window or maps meets
 # FlashAttention-2 between 3 and 4 K tokens, as Lightning Attention-2's published table has it (d = 128).
-# cpu: one core; measured with the aten reference at 4 heads of 64 from 512 to 4096 tokens: 2.0 to 4.1, equal times at 4096.
-MACHINES = {"cuda": Machine(6e14, 3e12, 10.0), "cpu": Machine(6e10, 1e10, 3.0)}
+# cpu: one core; overheads by benchmarks/attention_gate.py, 8 heads of 64 on 4 key heads, where the two take equal time:
+# 0.17 (elu, relu with a window), 0.18 (hedgehog) and 0.24 (landmarks) in kernels, 0.95 for both directions, and
+# 3.35 at 4096 tokens for terraces.
+MACHINES = {
+    "cuda": Machine(6e14, 3e12, 10.0, 10.0, 10.0),
+    "cpu": Machine(6e10, 1e10, 0.24, 3.4, 1.0),
+}
+
+
+def has_kernel(form: Form, device: str) -> bool:
+    """Whether more than the aten reference runs there: the CPU's kernels do sliding windows and decays per head."""
+    if device != "cpu":
+        return True
+    return form.causal and form.block == "sliding" and not form.sinks and not form.is_mixture
 
 
 @functools.cache
 def pays_from(form: Form, key_heads: int, dim: int, features: int, device: str) -> int:
     """The smallest power of two from which the rewritten site takes less time than softmax; 2^20 if none below does."""
     machine = MACHINES.get(device, MACHINES["cuda"])
+    overhead = machine.overhead if has_kernel(form, device) else machine.reference
+    if not form.causal:
+        overhead = machine.both_ways
     length = 64
     while length < _LARGEST:
-        if _time(linear(form, key_heads, dim, features, length), machine, machine.overhead) < _time(
+        if _time(linear(form, key_heads, dim, features, length), machine, overhead) < _time(
             softmax(form, key_heads, dim, length), machine, 1.0
         ):
             return length

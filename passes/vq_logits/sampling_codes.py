@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from rewriter.kernels.after_head.reference import by_code, code_logits
 from rewriter.kernels.vq_logits.codec import unpack_codes
 from rewriter.passes.vq_logits.sampling import Distribution, Sampling
 
+_AT_ONCE = 8  # turns of a bisection over places that take longer than to look at all of them
 _BY_VALUE = 40  # turns of a bisection by values; after them by the integers of the numbers, which ends for sure
 
 
@@ -64,7 +66,7 @@ class CodeTable:
         share = (bias - top[code[order]]).exp()
         return cls(codebook.detach(), code, order, place, first, count, bias, top, _prefix_sums(share, rank))
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Turns of a bisection over the places of a code."""
         return int(self.count.max()).bit_length()
@@ -181,8 +183,9 @@ class CodeDistribution(Distribution):
         """Log masses of what lies above the floor, ``[N, K + P]``: of codes, then of tokens seen; and the lengths."""
         t = self.table
         length = self._lengths(floor)
-        if not self.any_seen:  # the log of no mass is -inf
-            return self.logits + t.top + self._sum(length, None).log(), length
+        if not self.any_seen:
+            mass = self.logits + t.top + self._sum(length, None).log()
+            return torch.where(length > 0, mass, -torch.inf), length
         left = length - self._removed(torch.ones_like(self.seen), length)
         mass = self._sum(length, None) - self._removed(self.seen_share, length)
         tiny = torch.finfo(mass.dtype).tiny  # what is left of a sum may round to nothing
@@ -208,6 +211,10 @@ class CodeDistribution(Distribution):
 
         share = torch.rand(code.shape, dtype=torch.float64, device=code.device, generator=generator)
         wanted = share * up_to(length)
+        if not self.any_seen and self.table.steps <= _AT_ONCE:
+            places = torch.arange(1 << self.table.steps, device=code.device)
+            at = (self.table.first[code] + places).clamp(max=self.tokens - 1)
+            return ((self.table.prefix[at] <= wanted) & (places < length - 1)).sum(-1, keepdim=True)
         low, high = torch.zeros_like(code), length - 1
         for _ in range(self.table.steps):
             middle = (low + high) >> 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from interpreter import interpreting
 from torch import Tensor
 
-from rewriter.kernels.cross_entropy import blocked, gradient, launch, op, position_op, reference
+from rewriter.kernels.cross_entropy import blocked, gradient, launch, op, position_op, reference, summed
 from rewriter.kernels.launching import Unsupported
 from rewriter.kernels.spec import REGISTRY
 
@@ -42,11 +42,15 @@ def drawn(
 
 
 def golden(args: list[Any]) -> list[Any]:
-    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    """In float64, from what is read: weight and bias in the dtype of x."""
+    x, weight, bias, *rest = args
+    read = [x, *(None if t is None else t.to(x.dtype) for t in (weight, bias)), *rest]
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in read]
 
 
-def judge(got: Tensor, eagers: list[Tensor], wanted: Tensor) -> None:
-    """No more than twice what the reference loses in that dtype, and a unit in the last place of the largest value.
+def judge(got: Tensor, eagers: list[Tensor], wanted: Tensor, unit: Tensor | None = None) -> None:
+    """No more than twice what the reference loses in that dtype, and a unit in the last place of the largest value; of
+    the largest of ``unit`` for gradients, sums of terms that cancel.
 
     ``eagers``: the reference's results in that dtype, its sums taken in several orders; some are right by chance.
     """
@@ -54,8 +58,31 @@ def judge(got: Tensor, eagers: list[Tensor], wanted: Tensor) -> None:
     if not got.numel():
         return
     lost = max(float((eager.double() - wanted).abs().max()) for eager in eagers)
-    unit = torch.finfo(got.dtype).eps * float(wanted.abs().max())
-    assert float((got.double() - wanted).abs().max()) <= 2 * lost + unit
+    one = torch.finfo(got.dtype).eps * wanted.abs() if unit is None else unit
+    assert float((got.double() - wanted).abs().max()) <= 2 * lost + float(one.max())
+
+
+def units(grads: list[Tensor], args: list[Any]) -> tuple[Tensor, ...]:
+    """One unit in the last place of x's dtype, of the magnitudes that gradients of x, weight, bias and class weights add
+    up: |s| p + |o| [i = y] + |e| m for each logit (`reference`) times the other factor.
+    """
+    x, weight, bias, target, class_weight, _, smoothing, softcap, _ = golden(args)
+    grad, grad_log_z = (g.double().abs().unsqueeze(1) for g in grads)
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    m = torch.ones(len(weight), dtype=torch.float64) if class_weight is None else class_weight
+    logits = x @ weight.T + bias
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    kept = grad * (target != IGNORED).unsqueeze(1)
+    token = target.clamp(min=0)
+    own, each = (1 - smoothing) * kept * m[token].unsqueeze(1), smoothing / len(weight) * kept
+    y = torch.zeros_like(logits).scatter_(1, token.unsqueeze(1), 1.0)
+    missing = (torch.logsumexp(logits, 1, keepdim=True) - logits).abs()
+    terms = (own + each * m.sum() + grad_log_z) * (-missing).exp() * (1 + missing) + own * y + each * m
+    slope = 1.0 if softcap is None else 1 - (logits / softcap) ** 2
+    to_class = ((1 - smoothing) * kept * y + each) * missing
+    through = terms * slope
+    found = through @ weight.abs(), through.T @ x.abs(), through.sum(0), to_class.sum(0)
+    return tuple(torch.finfo(args[0].dtype).eps * one for one in found)
 
 
 Order = tuple[Tensor, Tensor, Tensor]  # of positions, classes and features
@@ -89,16 +116,15 @@ def restored(found: tuple[Tensor, ...], order: Order) -> tuple[Tensor, ...]:
 
 
 def check(args: list[Any], needed: list[bool], which: int = 0) -> None:
-    """Loss, log Z and all gradients of one call; then the loss summed, with its gradients."""
+    """Loss, log Z and all gradients of one call."""
     rows = args[0].shape[0]
     g = torch.Generator().manual_seed(rows)
     grads = [torch.randn(rows, generator=g), torch.randn(rows, generator=g)]
     with interpreting(which):
         loss, log_z = launch.linear_cross_entropy(*args)
         found = launch.linear_cross_entropy_backward(*grads, *args[:5], log_z, *args[5:], needed)
-        summed_up = launch.linear_cross_entropy_sum(*args, needed[:3])
     wanted = reference.linear_cross_entropy(*golden(args))
-    right = gradient.gradients(*golden(grads), *golden(args[:5]), wanted[1], *args[5:], needed)
+    right = gradient.gradients(*(g.double() for g in grads), *golden(args[:5]), wanted[1], *args[5:], needed)
     eagers, its = [], []
     for order in orders(args):
         call, back = ordered(args, order), order[0].argsort()
@@ -106,25 +132,37 @@ def check(args: list[Any], needed: list[bool], which: int = 0) -> None:
         eagers.append((losses[back], log_zs[back]))
         turned = [one[order[0]] for one in grads]
         its.append(restored(gradient.gradients(*turned, *call[:5], log_zs, *call[5:], needed), order))
-    for one, others, exact in zip((loss, log_z, *found), zip(*map(sum_of_tuples, eagers, its), strict=True),
-                                  (*wanted, *right), strict=True):  # fmt: skip
+    for one, others, exact in zip((loss, log_z), zip(*eagers, strict=True), wanted, strict=True):
         judge(one, list(others), exact)
-    check_sum(summed_up, args, needed[:3])
-
-
-def sum_of_tuples(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (*first, *second)
+    for one, others, exact, unit in zip(found, zip(*its, strict=True), right, units(grads, args), strict=True):
+        judge(one, list(others), exact, unit)
 
 
 def check_sum(found: tuple[Tensor, ...], args: list[Any], needed: list[bool]) -> None:
     """A loss summed, with its gradients, against the reference."""
     exact = gradient.linear_cross_entropy_sum(*golden(args), needed)
+    rows = args[0].shape[0]
+    each = units([torch.ones(rows), torch.zeros(rows)], args)
     eagers = []
     for order in orders(args):
         total, *its = gradient.linear_cross_entropy_sum(*ordered(args, order), needed)
         eagers.append((total, *restored(tuple(its), order)))
-    for one, others, wanted in zip(found, zip(*eagers, strict=True), exact, strict=True):
-        judge(one, list(others), wanted)
+    for one, others, wanted, unit in zip(found, zip(*eagers, strict=True), exact, (None, *each[:3]), strict=True):
+        judge(one, list(others), wanted, unit)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "bias": st.booleans(),
+        "weighted": st.booleans(),
+        "smoothing": st.sampled_from([0.0, 0.2, 1.0]),
+        "softcap": st.sampled_from([None, 1.5, 30.0]),
+        "chunk": st.sampled_from([100, 256, 1000]),
+        "transposed": st.booleans(),
+        "weight_dtype": st.sampled_from([None, torch.float32]),
+    }
+)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 @settings(max_examples=12)
@@ -132,18 +170,8 @@ def check_sum(found: tuple[Tensor, ...], args: list[Any], needed: list[bool]) ->
     rows=st.sampled_from([0, 1, 5, 128, 131]),
     classes=st.sampled_from([1, 3, 64, 257, 300]),
     width=st.sampled_from([1, 31, 32, 70]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    options=st.fixed_dictionaries(
-        {
-            "bias": st.booleans(),
-            "weighted": st.booleans(),
-            "smoothing": st.sampled_from([0.0, 0.2, 1.0]),
-            "softcap": st.sampled_from([None, 1.5, 30.0]),
-            "chunk": st.sampled_from([100, 256, 1000]),
-            "transposed": st.booleans(),
-            "weight_dtype": st.sampled_from([None, torch.float32]),
-        }
-    ),
+    dtype=DTYPES,
+    options=OPTIONS,
     which=st.integers(0, 1),
     seed=st.integers(0, 999),
 )
@@ -152,6 +180,34 @@ def test_any_shape_stride_dtype_and_option(
 ) -> None:
     args = drawn(rows, classes, width, dtype, seed, **options)
     check(args, [True, True, options["bias"], options["weighted"]], which)
+
+
+@settings(max_examples=12)
+@given(
+    rows=st.sampled_from([0, 1, 4]),
+    classes=st.sampled_from([1, 3, 300, 4100]),  # one tile, or a ragged second or third
+    width=st.sampled_from([1, 33]),
+    dtype=DTYPES,
+    options=OPTIONS,
+    needed=st.tuples(st.booleans(), st.booleans()),
+    which=st.integers(0, 1),
+    seed=st.integers(0, 999),
+)
+def test_summed_on_a_gpu_and_on_a_cpu(
+    rows: int, classes: int, width: int, dtype: torch.dtype, options: dict[str, Any], needed: tuple[bool, bool],
+    which: int, seed: int,
+) -> None:  # fmt: skip
+    """Both in blocks of two positions."""
+    args = drawn(rows, classes, width, dtype, seed, **options)
+    wanted = [*needed, options["bias"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_ROWS", 2)
+        patch.setattr(reference, "_AT_ONCE", 0)
+        with interpreting(which):
+            on_gpu = launch.linear_cross_entropy_sum(*args, wanted)
+        on_cpu = summed.linear_cross_entropy_sum(*args, wanted)
+    check_sum(on_gpu, args, wanted)
+    check_sum(on_cpu, args, wanted)
 
 
 def test_classes_are_dealt_out_and_put_together_again() -> None:

@@ -266,13 +266,9 @@ def feature_calls(draw: st.DrawFn) -> tuple[torch.dtype, Values, float]:
     """Arguments of `attention_features`, and how large the terms of its exponents are: they lose as much in units."""
     dtype, kind = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(list(features_op.KINDS)))
     make = Draw(draw(st.integers(0, 2**20)), dtype, draw(st.sampled_from(["dense", "transposed", "sliced"])))
-    heads, length, width = (
-        draw(st.sampled_from([1, 3])),
-        draw(st.sampled_from([1, 35, 70])),
-        draw(st.sampled_from([5, 70])),
-    )
+    heads, length, width = 2, draw(st.sampled_from([1, 35, 70])), draw(st.sampled_from([5, 70]))
     columns, of_parameters = draw(st.sampled_from([1, 19])), draw(st.sampled_from([dtype, torch.float32]))
-    x = make(2, heads, length, width)
+    x = make(draw(st.sampled_from([1, 2])), heads, length, width)
     shapes = ((heads, width, columns), (heads, columns)) * 2
     given = [0.3 * torch.randn(shape, generator=make.generator) for shape in shapes[: features_op.KINDS[kind]]]
     parameters = [p.to(of_parameters) for p in given]

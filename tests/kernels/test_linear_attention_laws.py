@@ -39,11 +39,6 @@ def calls(draw: Any, rule: str, padding: tuple[str, ...] = ("none", "left", "any
     return case(rule, draw(LENGTHS), draw(SEEDS), **options | fixed)
 
 
-def paddings(rule: str) -> tuple[str, ...]:
-    """A window counts positions: padding between tokens is not for it."""
-    return ("none", "left") if rule == "hybrid" else ("none", "left", "any")
-
-
 def same(rule: str, args: cases.Args, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     near(real(args, got[0]), real(args, want[0]))
     for a, b in zip(got[1:], want[1:], strict=False):
@@ -54,7 +49,7 @@ def same(rule: str, args: cases.Args, got: tuple[Tensor, ...], want: tuple[Tenso
 @settings(**SETTINGS)
 @given(data=st.data())
 def test_parallel_chunked_recurrent_and_traced_forms_are_equal(rule: str, data: st.DataObject) -> None:
-    args = data.draw(calls(rule, paddings(rule)))
+    args = data.draw(calls(rule))
     want = call(rule, args)
     for form in forms(rule).values():
         same(rule, args, form(args), want)
@@ -64,7 +59,7 @@ def test_parallel_chunked_recurrent_and_traced_forms_are_equal(rule: str, data: 
 @settings(**SETTINGS)
 @given(data=st.data())
 def test_a_sequence_in_pieces_is_the_sequence(rule: str, data: st.DataObject) -> None:
-    args = data.draw(calls(rule, paddings(rule)))
+    args = data.draw(calls(rule))
     length = args["q"].shape[2]
     first, second = sorted((data.draw(st.integers(0, length)), data.draw(st.integers(0, length))))
     pieces, outputs = (slice(0, first), slice(first, second), slice(second, length)), []

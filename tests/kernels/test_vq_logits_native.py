@@ -159,15 +159,36 @@ def test_product(head: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
     near(native.vq_logits_product, reference.product_logits, head)
 
 
-def test_product_without_the_widest_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processors without byte permutations run another function for one row."""
-    narrow = library(native._HERE / "product.cpp", {}, native._PRODUCT, (*native._FLAGS, *_without_avx512()))
-    monkeypatch.setattr(native, "_product", lambda: narrow)
+@pytest.mark.parametrize("way", ["own", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_by_either_product(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than are held at a time; the last ones are padded to eight, or alone."""
+    monkeypatch.setattr(native.choosing, "fastest", lambda kind, ways: next(name for name in ways if name == way))
+    code = torch.randint(0, 50, (1500,), generator=torch.Generator().manual_seed(3))
+    for rows in (64 + 8 + 1, 64 + 8 + 5):
+        h, codebook = randn(rows, 33, seed=rows).to(dtype), randn(50, 33, seed=1).to(dtype)
+        for bias in (None, randn(1500, seed=2)):
+            head = (h, codebook, codec.pack_codes(code, 50), bias)
+            near(native.vq_logits_tiers, reference.tiers_logits, head)
+            near(native.vq_tiers_nll, reference.tiers_nll, head, code.new_tensor(range(rows)))
+
+
+@pytest.mark.parametrize("without", ["avx512bf16", "avx512f"])
+def test_without_the_widest_instructions(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is multiplied as float32; without AVX-512 torch multiplies, and product heads run another function."""
+    flags = (*native._FLAGS, f"-mno-{without}") if platform.machine() in ("x86_64", "AMD64") else native._FLAGS
+    narrow = {
+        name: library(native._HERE / f"{name}.cpp", {}, functions, flags)
+        for name, functions in (("tiers", native._TIERS), ("product", native._PRODUCT))
+    }
+    monkeypatch.setattr(native, "_tiers", lambda: narrow["tiers"])
+    monkeypatch.setattr(native, "_product", lambda: narrow["product"])
+    monkeypatch.setattr(native, "_own_product", native._own_product.__wrapped__)
+    assert without == "avx512bf16" or not native._own_product()
+    test_logits()
+    test_losses()
+    test_topk_is_that_of_all_logits_ties_included()
     test_product()
-
-
-def _without_avx512() -> tuple[str, ...]:
-    return ("-mno-avx512f",) if platform.machine() in ("x86_64", "AMD64") else ()
 
 
 # --------------------------------------------------------------------------------------- what is left to the reference

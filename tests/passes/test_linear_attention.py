@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import logging
 import warnings
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from rewriter import UntrainedWarning
 from rewriter.errors import PlanError
 from rewriter.passes import LinearAttention
 from rewriter.passes.linear_attention.form import Form
-from rewriter.passes.linear_attention.gate import pays_from
+from rewriter.passes.linear_attention.gate import has_kernel, pays_from
 
 VOCABULARY, LENGTH = 50, 24
 UNTRAINED = {
@@ -400,6 +402,30 @@ def test_the_gate_opens_later_for_more_work_and_never_below_the_window() -> None
     assert 64 < small <= large
     assert pays_from(form(64), 8, 64, 128, "cuda") <= pays_from(form(1024), 8, 64, 128, "cuda")
     assert pays_from(form(0, causal=False), 8, 64, 128, "cpu") <= pays_from(form(64), 8, 64, 128, "cpu")
+    blocks = dataclasses.replace(form(64), block="terrace")
+    assert 4 * pays_from(form(64), 8, 64, 128, "cpu") < pays_from(blocks, 8, 64, 128, "cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 0},
+        {"gate": "fixed"},
+        {"block": "terrace"},
+        {"sinks": 1},
+        {"causal": False, "window": 0},
+        {"gate": "key"},
+    ],
+    ids=str,
+)
+def test_the_gate_knows_where_the_reference_runs(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    form = Form(**({"feature_map": "elu", "scale": 0.5, "window": 4, "block": "sliding", "sinks": 0} | {
+        "anchor": "max", "causal": True, "heads": 2} | options))  # fmt: skip
+    tensors = {role: torch.zeros(2) for role in form.roles}
+    with caplog.at_level(logging.DEBUG, "rewriter"), torch.no_grad():
+        form.call(*(torch.randn(1, 2, 9, 8) for _ in range(3)), None, tensors)
+    assert has_kernel(form, "cpu") == ("runs its reference" not in caplog.text)
 
 
 @pytest.mark.parametrize(
