@@ -65,10 +65,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Site:
+    """Seconds that modules of one kind take in a program and in the rewritten one."""
+
+    path: str
+    original: float
+    rewritten: float
+
+
+@dataclass(frozen=True)
 class Results:
     machine: str
     bandwidth: dict[str, float]
     rows: tuple[Row, ...]
+    sites: tuple[Site, ...] = ()  # of the model in `cpu_work.model`
 
 
 def measure(only: str, console: Console) -> Results:
@@ -91,7 +101,11 @@ def measure(only: str, console: Console) -> Results:
         gc.collect()
     if re.search(only, "loss: peak memory"):
         rows.append(_memory())
-    return Results(machine(), {str(t): s for t, s in speed.items()}, tuple(rows))
+    sites: tuple[Site, ...] = ()
+    if re.search(only, "tiny_lm: sites"):
+        torch.set_num_threads(THREADS[0])
+        sites = tuple(Site(path, 1e-3 * original, 1e-3 * rewritten) for path, original, rewritten in model.by_site())
+    return Results(machine(), {str(t): s for t, s in speed.items()}, tuple(rows), sites)
 
 
 def works() -> Iterator[Work]:
@@ -180,8 +194,31 @@ def page(results: Results) -> str:
         "| " + " | ".join(HEADS) + " |",
         "|" + " --- |" * len(HEADS),
         *("| " + " | ".join(_cells(row)) + " |" for row in results.rows),
+        *_sites(results.sites),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sites(sites: Sequence[Site]) -> Iterator[str]:
+    """The section on where a rewritten model wins and loses."""
+    if not sites:
+        return
+    total = Site("all", sum(s.original for s in sites), sum(s.rewritten for s in sites))
+    yield from (
+        "",
+        f"## Where tiny_lm wins and loses: {model.LENGTH} tokens",
+        "",
+        f"{THREADS[0]} threads; modules of equal layers together (`*`), each operator timed by itself, so that the sum is more",
+        "than a call takes. The original runs eagerly.",
+        "",
+        "| modules | original | rewritten | ratio |",
+        "| --- | --- | --- | --- |",
+    )
+    for site in (*sites, total):
+        ratio = f"{site.original / site.rewritten:.3g} ×" if site.original and site.rewritten else "–"
+        times = (duration(seconds) if seconds else "–" for seconds in (site.original, site.rewritten))
+        name = "all" if site is total else f"`{site.path}`" if site.path else "the model itself"
+        yield f"| {' | '.join((name, *times, ratio))} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -202,7 +239,8 @@ def stored() -> Results:
     if not RESULTS.exists():
         return Results("", {}, ())
     data = json.loads(RESULTS.read_text())
-    return Results(data["machine"], data["bandwidth"], tuple(Row(**row) for row in data["rows"]))
+    rows, sites = (Row(**row) for row in data["rows"]), (Site(**site) for site in data.get("sites", ()))
+    return Results(data["machine"], data["bandwidth"], tuple(rows), tuple(sites))
 
 
 def merged(old: Results, new: Results) -> Results:
@@ -210,7 +248,7 @@ def merged(old: Results, new: Results) -> Results:
     rows = {(r.group, r.name, r.threads, r.rival): r for r in (*old.rows, *new.rows)}
     order = {(work.group, work.name): position for position, work in enumerate(works())}
     ordered = sorted(rows.values(), key=lambda row: order.get((row.group, row.name), len(order)))
-    return Results(new.machine, new.bandwidth, tuple(ordered))
+    return Results(new.machine, new.bandwidth, tuple(ordered), new.sites or old.sites)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from rewriter.kernels.emitted.loading import MARK, digest
 from rewriter.rules import module_path, provenance
 
 VERSION = 1
+_LIES = {"tile": "one per element", "column": "one per column", "row": "one per row", "scalar": "a single number"}
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,16 @@ class _Writer:
 # operator  {self.region.anchor.target}
 # rule      {comment(str(rule))}
 # fused     {fused}
-# formula   {formulas}
+# formula   {formulas}{self._operands()}
 {MARK}"""
+
+    def _operands(self) -> str:
+        """Lines that say what is read besides: of a parameter the end of its name, in which equal layers agree."""
+        lines = []
+        for node, name in self.site.locals.items():
+            whose = ".".join(str(node.target).split(".")[-2:]) + ", " if node.op == "get_attr" else ""
+            lines.append(f"{name}: {comment(whose)}{_LIES[self.site.operand(node).form]}")
+        return "\n# operands  " + "\n#           ".join(lines) if lines else ""
 
     def _reference(self) -> str:
         names = {**self.site.values, **self.site.arguments}

@@ -90,8 +90,8 @@ def imports(template: Template, kernels: Sequence[Hooked], text: str) -> str:
         for name, (module, original) in imports_of(kernel.kernel).items():
             helpers.setdefault(module, set()).add(original if name == original else f"{original} as {name}")
     lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in helpers.items()]
-    # This one registers the operator the reference calls.
-    registers = [f"import {package}.op", ""] if find_spec(f"{package}.op") is not None else []
+    note = "  # registers the operator that the reference calls"
+    registers = [f"import {package}.op{note}", ""] if find_spec(f"{package}.op") is not None else []
     return "\n".join(["import torch", "import triton", "import triton.language as tl", "", *registers, *sorted(lines)])
 
 

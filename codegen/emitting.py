@@ -30,7 +30,7 @@ from rewriter.kernels.spec import REGISTRY, Cost
 from rewriter.matcher import Match, Miss
 from rewriter.program import Program
 from rewriter.rewriting import rewrite
-from rewriter.rules import EXACT, Rule, locate, module_path
+from rewriter.rules import EXACT, Rule, locate, module_path, provenance
 
 if TYPE_CHECKING:
     from rewriter.editing import Editor
@@ -45,6 +45,7 @@ class EmittedSite:
     Attributes:
         path: of the module.
         operator: what the kernel was made from, ``rewriter.bcq_linear.default``.
+        rule: what had put that there; "" where the program came with it.
         fused: the operators fused into it, in order.
         formula: what it computes.
         kernels: names of the operator's kernels it has copies of.
@@ -57,6 +58,7 @@ class EmittedSite:
 
     path: str
     operator: str
+    rule: str
     fused: tuple[str, ...]
     formula: str
     kernels: tuple[str, ...]
@@ -164,14 +166,22 @@ class _Emit(Rule):
         region: Region = match["region"]
         source = self._sources[match.root]
         emitted = load(_written(self.folder, source))
-        path, operator = module_path(region.anchor), str(region.anchor.target)
         values = tuple(node.meta["val"] for node in source.arguments)
-        names = tuple(str(node.target).removeprefix("aten.") for node in region.fused)
         given = [value.meta["val"] if isinstance(value, Node) else value for value in self._given[match.root]]
         cost, made = _cost(region.anchor.target, given, values), edit.call(emitted.operator, *source.arguments)
         self.sites.append(
             EmittedSite(
-                path, operator, names, source.formula, source.kernels, emitted, region.miss, values, cost, made.name
+                path=module_path(region.anchor),
+                operator=str(region.anchor.target),
+                rule=str(provenance(region.anchor).get("rule", "")),
+                fused=tuple(str(node.target).removeprefix("aten.") for node in region.fused),
+                formula=source.formula,
+                kernels=source.kernels,
+                emitted=emitted,
+                until=region.miss,
+                values=values,
+                cost=cost,
+                node=made.name,
             )
         )
         return {match.root: made}

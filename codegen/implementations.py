@@ -112,16 +112,17 @@ def _sites(lowered: Lowered) -> list[tuple[Call, SiteCode]]:
 def _on_gpu(call: Call, runs: SiteCode, lowered: Lowered, target: str) -> Implementation:
     emitted = {site.node: site for site in lowered.emission.sites} if lowered.emission else {}
     site = emitted.get(call.node.name)
+    rule = site.rule if site else call.rule
     cost = site.cost if site else REGISTRY[call.node.target].cost(*call.arguments("meta"))
     chip = roofline.CHIPS[target]
     bound = roofline.bound(cost, chip.bandwidth, chip.flops)
     if runs.code == "reference":
-        return Implementation(runs, call.rule, target, (), bound.seconds, bound.by, None)
+        return Implementation(runs, rule, target, (), bound.seconds, bound.by, None)
     requests = requests_of(call, site)
     kernels = tuple(_compiled(request, target) for request in requests)
     work = [(kernel.programs, _bytes(request)) for kernel, request in zip(kernels, requests, strict=True)]
     seconds = roofline.predicted(bound.seconds, work, chip)
-    return Implementation(runs, call.rule, target, kernels, bound.seconds, bound.by, seconds)
+    return Implementation(runs, rule, target, kernels, bound.seconds, bound.by, seconds)
 
 
 def requests_of(call: Call, site: EmittedSite | None) -> list[Request]:

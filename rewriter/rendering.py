@@ -183,12 +183,13 @@ _WHY = {"reference": "runs its reference", "emitted": "fuses no more"}
 
 def _code(found: Sequence[SiteCode]) -> Iterator[RenderableType]:
     """What runs where, sites that run the same in one row; then why some run their reference, or unfused."""
-    rows = table("sites", "operator", "code")
+    rows = table("sites", "runs")
     alike: dict[tuple[str, ...], list[SiteCode]] = {}
     for one in found:
         alike.setdefault((one.operator, one.code, one.source, *one.fused), []).append(one)
     for members in alike.values():
-        add(rows, Group(*code_sites(members)), code_operator(members[0]), code_source(members[0]))
+        first = members[0]
+        add(rows, Group(*code_sites(members), *code_of(first)), code_kind(first))
     yield rows
     yield from code_reasons(one for one in found if not (one.fused and one.code == "emitted"))
 
@@ -198,15 +199,15 @@ def code_sites(members: Sequence[SiteCode]) -> Iterator[RenderableType]:
         yield Flowing(f"{path} {times(count)}".strip(), after=".{ ")
 
 
-def code_operator(one: SiteCode) -> RenderableType:
-    """``bcq_linear + gelu + add``, without overloads."""
-    return Flowing(" + ".join([one.operator, *(name.partition(".")[0] for name in one.fused)]), after=" _")
+def code_of(one: SiteCode) -> Iterator[RenderableType]:
+    """``bcq_linear + gelu + add``, without overloads, and the file below it."""
+    names = [one.operator, *(name.partition(".")[0] for name in one.fused)]
+    yield Flowing("  " + " + ".join(names), after=" _", indent=4)
+    yield Flowing(f"  {one.source}", after="/_ ", indent=4, style="dim")
 
 
-def code_source(one: SiteCode) -> RenderableType:
-    return Group(
-        Text(one.code, _CODE_STYLE.get(one.code, "green")), Flowing(one.source, after="/_ ", indent=0, style="dim")
-    )
+def code_kind(one: SiteCode) -> RenderableType:
+    return Text(one.code, _CODE_STYLE.get(one.code, "green"))
 
 
 def code_reasons(found: Iterable[SiteCode]) -> Iterator[RenderableType]:

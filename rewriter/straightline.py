@@ -31,7 +31,7 @@ from rewriter.errors import LegalityError
 from rewriter.kernels.spec import REGISTRY
 
 _RANDOM = torch.Tag.nondeterministic_seeded
-_BINDINGS = (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase)  # type: ignore[attr-defined]
+_BINDINGS = (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase)
 
 
 class Variable(NamedTuple):

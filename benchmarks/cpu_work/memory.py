@@ -6,7 +6,6 @@ python benchmarks/cpu_work/memory.py ours|unfused    prints the bytes
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +21,10 @@ def loss_memory() -> tuple[int, int]:
     return measured("ours"), measured("unfused")
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _resident(kind: str) -> int:
+    """Bytes resident: now (VmRSS), or the most since the last reset (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
 
 
 def _measure(side: str) -> int:
@@ -37,9 +38,10 @@ def _measure(side: str) -> int:
     small()  # libraries and their buffers are loaded
     call = layers.loss_call(layers.POSITIONS, True)[side]
     held = layers.gradient_bytes()
-    before = _peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: the small call had its own
+    before = _resident("VmRSS")
     call()
-    return _peak() - before - held
+    return _resident("VmHWM") - before - held
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rewriter.kernels.after_head import reference
-from rewriter.kernels.after_head.shared import Pair, check_linear, fake_topk, topk_vmap
+from rewriter.kernels.after_head.shared import Pair, check_linear, fake_topk
 from rewriter.kernels.spec import Cost, KernelSpec
 from rewriter.kernels.vq_logits import shared
 from rewriter.kernels.vq_logits.gradients import Wanted, fake, given, operator
@@ -144,7 +144,7 @@ TOPK = KernelSpec(
     fake=_topk_fake,
     setup_context=_topk_save,
     backward=_topk_backward,
-    vmap=topk_vmap("linear_topk"),
+    vmap=vmap_rule("linear_topk", (0,)),
     cost=_topk_cost,
     autocast=("h",),
     implementations={"cuda": "rewriter.kernels.after_head.launch:linear_topk"},

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -41,20 +38,3 @@ def check_smoothing(label_smoothing: float) -> None:
 def fake_topk(h: Tensor, k: int) -> Pair:
     shape = (*h.shape[:-1], k)
     return h.new_empty(shape), h.new_empty(shape, dtype=torch.int64)
-
-
-def topk_vmap(name: str) -> Callable[..., tuple[Pair, tuple[int, int]]]:
-    """As `vmap_rule`, for an operator (h, tensors of the head..., k) with two results."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Pair, tuple[int, int]]:
-        op = getattr(torch.ops.rewriter, name)
-        front = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
-        if all(d is None for d in in_dims[1:]):
-            return op(*front), (0, 0)
-        examples = [
-            op(*(a if d is None else a[n] for a, d in zip(front, in_dims, strict=True))) for n in range(info.batch_size)
-        ]
-        values, tokens = zip(*examples, strict=True)
-        return (torch.stack(values), torch.stack(tokens)), (0, 0)
-
-    return rule

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rewriter.kernels.after_head import reference
 from rewriter.kernels.after_head.reference import soft_weights
-from rewriter.kernels.after_head.shared import Pair, check_probabilities, check_smoothing, fake_topk, topk_vmap
+from rewriter.kernels.after_head.shared import Pair, check_probabilities, check_smoothing, fake_topk
 from rewriter.kernels.spec import Cost, KernelSpec
 from rewriter.kernels.vq_logits.codec import unpack_codes
 from rewriter.kernels.vq_logits.gradients import given
@@ -299,7 +299,7 @@ TOPK = KernelSpec(
     fake=_topk_fake,
     setup_context=_topk_save,
     backward=_topk_backward,
-    vmap=topk_vmap("vq_tiers_topk"),
+    vmap=vmap_rule("vq_tiers_topk", (0,)),
     cost=_topk_cost,
     autocast=("h",),
     implementations={

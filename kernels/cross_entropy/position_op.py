@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from rewriter.kernels.batching import leading
 from rewriter.kernels.cross_entropy import reference
 from rewriter.kernels.cross_entropy.gradient import Gradients, gradients
 from rewriter.kernels.cross_entropy.reference import Pair, loss_dtype
-from rewriter.kernels.spec import Cost, KernelSpec
-from rewriter.kernels.vq_logits.shared import positions, tensor_bytes
+from rewriter.kernels.spec import Cost, KernelSpec, tensor_bytes
+from rewriter.kernels.vq_logits.shared import positions
 
 _ACTIVATIONS = (0, 3)  # x and target: what may have more leading dimensions
 _DIFFERENTIABLE = (0, 1, 2, 4)  # x, weight, bias, class weights
@@ -83,25 +84,6 @@ def _gradients_cost(grad: Tensor, grad_log_z: Tensor, *args: Any) -> Cost:
     return Cost(flops, read, tensor_bytes(*likes))
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Pair, tuple[int, int]]:
-    """Batched inputs and targets are one more leading dimension; with other tensors batched, one call per example."""
-    front = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
-    batched = [d is not None for d in in_dims]
-    if not any(on for i, on in enumerate(batched) if i not in _ACTIVATIONS):
-        for i in _ACTIVATIONS:
-            if not batched[i]:
-                front[i] = front[i].unsqueeze(0).expand(info.batch_size, *front[i].shape)
-        return linear_cross_entropy(*front), (0, 0)
-    if info.batch_size == 0:
-        raise NotImplementedError("linear_cross_entropy: vmap over weights needs at least one example")
-    examples = [
-        linear_cross_entropy(*(a[n] if on else a for a, on in zip(front, batched, strict=True)))
-        for n in range(info.batch_size)
-    ]
-    losses, log_zs = zip(*examples, strict=True)
-    return (torch.stack(losses), torch.stack(log_zs)), (0, 0)
-
-
 def _cost(
     x: Tensor,
     weight: Tensor,
@@ -130,7 +112,7 @@ linear_cross_entropy: OpOverload = KernelSpec(
     fake=_fake,
     setup_context=_save,
     backward=_backward,
-    vmap=_vmap,
+    vmap=leading(lambda: linear_cross_entropy, _ACTIVATIONS),
     cost=_cost,
     autocast=("x",),
     implementations={

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from rewriter.kernels.batching import one_call_each
 from rewriter.kernels.linear_attention import checks, feature_maps, layout
 from rewriter.kernels.linear_attention.feature_maps import LARGEST, widened
 from rewriter.kernels.linear_attention.transforms import backward_of
@@ -91,17 +92,12 @@ def _cost(x: Tensor, *rest: Any) -> Cost:
     return Cost(products + made, layout.nbytes(x, *parameters), made * layout.wide(x.dtype).itemsize)
 
 
-def _batched(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+def _batched(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Any, Any]:
     """Examples become rows of the batch where they share their parameters, else one call each."""
     if in_dims[0] is not None and all(d is None for d in in_dims[1:]):
         rows = x.movedim(in_dims[0], 0)
         return attention_features(rows.flatten(0, 1), *rest).unflatten(0, rows.shape[:2]), 0
-    moved = [a if d is None else a.movedim(d, 0) for a, d in zip((x, *rest), in_dims, strict=True)]
-    each = [
-        attention_features(*(a if d is None else a[n] for a, d in zip(moved, in_dims, strict=True)))
-        for n in range(info.batch_size)
-    ]
-    return torch.stack(each), 0
+    return one_call_each(attention_features, info.batch_size, in_dims, (x, *rest))
 
 
 _SCHEMA = (

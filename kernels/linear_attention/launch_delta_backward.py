@@ -122,7 +122,8 @@ def _key_gradients(
     x: Call, do: dict[str, Any], states: Tensor, written: Tensor, dv: Tensor, dstates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of q, k and the decay."""
-    (batch, _, length, features), sizes = x.k.shape, _tiles(x)
+    (batch, _, length, features), values = x.k.shape, x.v.shape[3]
+    sizes = {"BF": block(features, 32), "BV": block(values, 32)}
     parts = triton.cdiv(features, sizes["BF"])
     dq = x.q.new_empty((*x.q.shape[:3], features))
     dk = dv.new_empty((batch, x.heads, length, features))

@@ -86,8 +86,8 @@ def _parameter_gradients(
             continue
         more = {"dweight_ptr": made[0], "dbias_ptr": made[1], "batches": batch, "tiles": tiles}
         _start(
-            features_kernels.parameter_gradients_kernel, x, kind, 8, lambda rows, _: (heads, parts, blocks), small,
-            **arguments, **more, per_part=triton.cdiv(tiles * batch, parts), GAIN=gain,
+            features_kernels.parameter_gradients_kernel, x, kind, 4 if small else 8, lambda rows, _: (heads, parts, blocks), small,
+            **arguments, **more, per_part=triton.cdiv(tiles * batch, parts), gain=gain,
         )  # fmt: skip
         found[at : at + 2] = [None if p is None else p.sum(0) for p in made]
     return found
@@ -119,10 +119,12 @@ def _width(x: Tensor, small: bool = False) -> int:
     return block(x.shape[3], (64 if x.dtype is not torch.float32 else 32) // (2 if small else 1))
 
 
-def _start(kernel: Any, x: Tensor, kind: str, warps: int, grid: Any, small: bool = False, **arguments: Any) -> None:
+def _start(
+    kernel: Any, x: Tensor, kind: str, warps: int, grid: Any, small: bool = False, gain: bool = False, **arguments: Any
+) -> None:
     """Start a kernel; ``grid`` makes its programs from rows of heads and tiles of tokens."""
     constants = {
-        "KIND": _KINDS[kind], "GAIN": arguments.get("GAIN"), "BT": _rows(x, small), "BD": _width(x, small),
+        "KIND": _KINDS[kind], "GAIN": gain, "BT": _rows(x, small), "BD": _width(x, small),
         "BM": max(SMALLEST, triton.next_power_of_2(arguments["count"])), "PRECISION": precision(x.dtype),
     }  # fmt: skip
     programs = grid(x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], _rows(x, small)))

@@ -56,7 +56,7 @@ class Prepared:
     def __init__(self, structure: type[ctypes.Structure], arguments: Sequence[Any], **numbers: float) -> None:
         self.structure, self.arguments = structure, arguments
         self.filled = structure(**numbers)
-        self._threads = structure.threads.offset // _WORD  # type: ignore[attr-defined]
+        self._threads = structure.threads.offset // _WORD
         self._addresses: list[tuple[int, int, Callable[[Tensor], Tensor] | None]] = []
         self._computed: list[tuple[int, Callable[[Sequence[Any]], Tensor]]] = []
         self._results: list[tuple[int, Sequence[int], torch.dtype]] = []
@@ -98,6 +98,7 @@ class Prepared:
 
     def ready(self) -> Prepared:
         """Nothing is added any more."""
+        self.arguments = ()
         self._bytes = bytes(self.filled)
         self._words = INT * (len(self._bytes) // _WORD)
         return self

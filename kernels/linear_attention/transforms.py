@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import OpOverload
 
+from rewriter.kernels.batching import one_call_each
 from rewriter.kernels.spec import NAMESPACE, Cost, KernelSpec
 
 _AUTOGRAD_KEYS = (
@@ -124,12 +125,7 @@ def batched_by(
         by_step = args[decay] is not None and args[decay].dim() - (in_dims[decay] is not None) > 1
         in_rows = per_row | {decay} if by_step else per_row
         if any(d is not None and i not in in_rows for i, d in enumerate(in_dims)):
-            calls = [
-                overload()(*(a if d is None else a[n] for a, d in zip(moved, in_dims, strict=True)))
-                for n in range(examples)
-            ]
-            results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
-            return results, (0,) * len(results)
+            return one_call_each(overload(), examples, in_dims, args)
         rows = [
             _rows(a, d is not None, examples) if i in in_rows and a is not None else a
             for i, (a, d) in enumerate(zip(moved, in_dims, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators of codebook heads have in common: checks of arguments, batching, counting of bytes."""
+"""What the operators of codebook heads have in common: checks of arguments, batching."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.kernels.batching import leading
+from rewriter.kernels.spec import tensor_bytes as tensor_bytes
 from rewriter.kernels.vq_logits.codec import MAX_GROUP_CODES
 
 Grads = tuple[Tensor | None, ...]
@@ -86,30 +88,9 @@ def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def vmap_rule(name: str, per_position: tuple[int, ...]) -> Callable[..., tuple[Tensor, int]]:
-    """Rule of an operator whose arguments ``per_position`` carry any leading dimensions; the rest has none.
-
-    Batched hidden states (and targets) are one more leading dimension. A batched codebook is another head per
-    example: one call each.
-    """
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        op = getattr(torch.ops.rewriter, name)
-        front = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
-        batched = [d is not None for d in in_dims]
-        if not any(on for i, on in enumerate(batched) if i not in per_position):
-            for i in per_position:
-                front[i] = front[i] if batched[i] else front[i].unsqueeze(0).expand(info.batch_size, *front[i].shape)
-            return op(*front), 0
-        examples = ([a[n] if on else a for a, on in zip(front, batched, strict=True)] for n in range(info.batch_size))
-        return torch.stack([op(*example) for example in examples]), 0
-
-    return rule
-
-
-def tensor_bytes(*tensors: Tensor | None) -> int:
-    """Bytes the tensors take as they are."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+def vmap_rule(name: str, per_position: tuple[int, ...]) -> Callable[..., Any]:
+    """`leading` of an operator by name, whose arguments ``per_position`` carry any leading dimensions."""
+    return leading(lambda: getattr(torch.ops.rewriter, name).default, per_position)
 
 
 def positions(h: Tensor) -> int:

@@ -10,25 +10,27 @@ from rich.text import Text
 
 from rewriter.codegen.implementations import Implementation
 from rewriter.layout import Flowing, add, counted, duration, heading, table
-from rewriter.rendering import code_operator, code_reasons, code_sites, code_source
+from rewriter.rendering import code_kind, code_of, code_reasons, code_sites
 
 
 def listing(found: Sequence[Implementation], target: str) -> RenderableType:
-    """One row per group of sites that run the same; then their kernels; then why it is no other code."""
+    """One row per group of sites that run the same; then their kernels; then why it is no other code.
+
+    "bound" is the least time of the roofline, "by" memory or compute; "share" is the bound over the time beside it.
+    """
     if not found:
         return Text(f"no operator of rewriter in this program; nothing to lower for {target}")
     timed = "measured" if target == "cpu" else "predicted"
-    numbers = ("bound", timed, "of roofline")
-    rows = table("site", "operator", "runs", "bound", "by", *numbers[1:], right=numbers)
+    numbers = ("bound", timed, "share")
+    rows = table("sites", "runs", "bound", "by", *numbers[1:], right=numbers)
     for members in _alike(found):
         first = members[0]
         spent = [one.seconds for one in members if one.seconds]
         share = sum(one.bound for one in members) / sum(spent) if spent else None
         add(
             rows,
-            Group(*code_sites([one.runs for one in members])),
-            code_operator(first.runs),
-            code_source(first.runs),
+            Group(*code_sites([one.runs for one in members]), *code_of(first.runs)),
+            code_kind(first.runs),
             duration(first.bound),
             first.bound_by,
             duration(sum(spent) / len(spent)) if spent else "–",

@@ -7,11 +7,16 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import interpreting
 from torch import Tensor
 
+from rewriter.kernels.launching import Config, launch
 from rewriter.kernels.shift_attention import reference
+from rewriter.kernels.shift_attention.kernels import coded_product, product
 from rewriter.kernels.shift_attention.op import additive_attention
 from rewriter.kernels.spec import REGISTRY
 
@@ -177,3 +182,30 @@ def test_wrong_shapes_are_named() -> None:
                         ((q, k, v, keep, gain, conv[:, :2]), "taps"), ((q, k, v, keep[:1], gain, conv), "keep")):  # fmt: skip
         with pytest.raises(RuntimeError, match=name):
             additive_attention(*wrong)
+
+
+@triton.jit
+def _split_products(a_ptr, b_ptr, codes_ptr, out_ptr, coded_ptr, WIDE: tl.constexpr, SIZE: tl.constexpr):
+    order = tl.arange(0, SIZE)
+    at = order[:, None] * SIZE + order[None, :]
+    b, nothing = tl.load(b_ptr + at), tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    tl.store(out_ptr + at, product(tl.load(a_ptr + at), b, nothing, WIDE))
+    tl.store(coded_ptr + at, coded_product(tl.load(codes_ptr + at), b, nothing, WIDE))
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_products_of_split_factors_lose_what_the_parts_left_out_hold(wide: bool) -> None:
+    """No part may be missing, which the rounding of a narrow result would hide: every term is off by its last bits.
+
+    Two bfloat16 parts of a float32 hold 16 of its bits; what is left out is a product of two second parts.
+    """
+    g = torch.Generator().manual_seed(0)
+    a, b = (1 + torch.rand(16, 16, generator=g) for _ in range(2))
+    codes = (torch.rand(16, 16, generator=g) < 0.5).float()
+    out, coded = torch.empty(16, 16), torch.empty(16, 16)
+    arguments = {"a_ptr": a, "b_ptr": b, "codes_ptr": codes, "out_ptr": out, "coded_ptr": coded}
+    with interpreting():
+        launch(_split_products, lambda c: (1,), arguments, {"WIDE": wide, "SIZE": 16}, [Config()])
+    for found, left in ((out, a), (coded, codes)):
+        golden = left.double() @ b.double()
+        assert ((found - golden).abs() <= golden * (2**-21 if wide else 2**-15)).all()
