@@ -2,7 +2,7 @@
 """The calls of our operators in a program, with arguments like those of its example; nothing of the program is run.
 
 Shapes and strides are what the graph says of its values, symbols standing for the sizes of the example. Parameters are
-the program's own; activations are ones, which are valid ids, masks and numbers alike.
+the program's own; integers are zeros, which are ids of any vocabulary, and other activations ones.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Call:
 
     def _value(self, node: fx.Node, device: str) -> Any:
         if node.op == "get_attr":
-            return self.program.tensor(str(node.target)).detach().to(device)
+            own = self.program.tensor(str(node.target)).detach()
+            return own.to(device) if not own.is_meta else example_of(own, device)
         return example_of(node.meta["val"], device)
 
 
@@ -69,7 +70,7 @@ def hinted(size: int | SymInt) -> int:
 
 
 def example_of(value: Any, device: str, known: Callable[[int | SymInt], int] = hinted) -> Any:
-    """A tensor of ones, or a number, for the description of a value.
+    """A tensor of ones (zeros for integers), or a number, for the description of a value.
 
     Args:
         value: as in ``node.meta["val"]``; sizes may be symbolic.
@@ -81,7 +82,9 @@ def example_of(value: Any, device: str, known: Callable[[int | SymInt], int] = h
     if not isinstance(value, Tensor):
         return value
     shape, strides = [known(size) for size in value.shape], [known(stride) for stride in value.stride()]
-    return torch.ones(_extent(shape, strides), dtype=value.dtype, device=device).as_strided(shape, strides)
+    countable = not value.dtype.is_floating_point and not value.dtype.is_complex and value.dtype is not torch.bool
+    filled = torch.zeros if countable else torch.ones
+    return filled(_extent(shape, strides), dtype=value.dtype, device=device).as_strided(shape, strides)
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:

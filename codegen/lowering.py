@@ -68,8 +68,10 @@ def lower(program: Program, device: str) -> Lowered:
         device: "cuda", "hip", or another type of torch's.
 
     Raises:
-        PlanError: the cache folder, where emitted files are kept, cannot be written.
+        PlanError: it is lowered already, or the cache folder, where emitted files are kept, cannot be written.
     """
+    if any(node.target in LOADED for node in program.graph.nodes):
+        raise PlanError("this program is lowered already; give the rewritten one (Optimized.program)")
     if device not in GPUS or program.training:
         return Lowered(device, program, None)
     try:

@@ -35,7 +35,7 @@ class Choices:
         """The one of ``names`` that was chosen for calls of this kind; measured now if none was."""
         known = self._read() if self._known is None else self._known
         chosen = known.get(kind)
-        if chosen in names:
+        if chosen is not None and chosen in names:
             return chosen
         with self._lock:  # one thread measures, so that none disturbs another's clock
             if known.get(kind) not in names:

@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from rewriter.errors import LegalityError, PlanError
+from rewriter.errors import PlanError, RewriterError
 from rewriter.optimized import Optimized
 from rewriter.stepping import Steps
 
@@ -143,7 +143,7 @@ class DecodeState:
             return None
         try:
             logits, self._states = self._steps.run(ids, self.length, self._states)
-        except (PlanError, LegalityError) as reason:
+        except RewriterError as reason:
             self._steps, self.by_class = None, str(reason)
             _log.info("single tokens are decoded by the model's class: %s", reason)
             return None

@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from rewriter import inputs, store
 from rewriter.applying import replay
 from rewriter.capturing import capture_skeleton
-from rewriter.errors import CaptureError, PlanError
+from rewriter.errors import PlanError, RewriterError
 from rewriter.kernels.spec import REGISTRY, Recurrence
 from rewriter.optimized import Optimized
 from rewriter.rules import provenance
@@ -87,7 +87,7 @@ class Steps:
         """Capture the graph, which takes as long as capturing the model did; once per model.
 
         Raises:
-            PlanError: there is none, with the reason.
+            RewriterError: there is none, with the reason.
         """
         if self._graph is not None:
             return
@@ -102,12 +102,12 @@ class Steps:
         """Logits ``[batch, 1, V]`` of int64 ids ``[batch, 1]``, and the states that follow ``layers``.
 
         Raises:
-            PlanError: as `prepare`.
-            LegalityError: as `straightline.straight`, at the first call with a batch size.
+            RewriterError: as `prepare`, and `straightline.straight` at the first call with a batch size.
         """
         self.prepare()
         states = [s.contiguous() for index in self._layers for s in layers[index]]
-        given = (ids.contiguous(), ids.new_full((len(ids), 1), position), *states)
+        ids = ids.to(torch.int64).contiguous()
+        given = (ids, torch.full_like(ids, position), *states)
         function = self._functions.get(len(ids))
         if function is None:
             function = self._functions[len(ids)] = self._written(given)
@@ -131,16 +131,22 @@ class Steps:
         return straight(step.graph, dict(zip(names, given, strict=True)), fixed)
 
 
-_graphs: WeakKeyDictionary[Optimized, dict[Any, _Graph]] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[Optimized, dict[Any, _Graph | RewriterError]] = WeakKeyDictionary()
 
 
 def _graph_of(opt: Optimized) -> _Graph:
-    """The step's graph, captured once per model, dtype and device."""
+    """The step's graph, captured once per model, dtype and device; why there is none, likewise."""
     with opt._lock:
         known = _graphs.setdefault(opt, {})
         if opt._state not in known:
-            known[opt._state] = _captured(opt)
-        return known[opt._state]
+            try:
+                known[opt._state] = _captured(opt)
+            except RewriterError as reason:
+                known[opt._state] = reason.with_traceback(None)
+        found = known[opt._state]
+    if isinstance(found, RewriterError):
+        raise found
+    return found
 
 
 @store.outside_inference_mode
@@ -155,13 +161,11 @@ def _captured(opt: Optimized) -> _Graph:
     call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
     args, kwargs = inputs.by_name(opt._names, opt._optional, (), call)
     root = store.shared(opt)
-    try:
-        base = capture_skeleton(opt._skeleton, root, args, kwargs)
-        program = replay(base.fork(root, compile=False), opt.plan)
-    except CaptureError as error:
-        raise PlanError(f"the model cannot be captured with positions: {error}") from error
+    program = replay(capture_skeleton(opt._skeleton, root, args, kwargs).fork(root, compile=False), opt.plan)
+    if "logits" not in program.output_names():
+        raise PlanError(f"the model yields {', '.join(program.output_names())} and no logits")
     named = dict(zip(program.input_names(), program.graph.find_nodes(op="placeholder"), strict=True))
-    outputs = program.graph.output_node().args[0]
+    outputs = cast(Sequence[Node], program.graph.output_node().args[0])
     logits = outputs[program.output_names().index("logits")]
     states = _wired(program.graph, logits)
     _check(program.graph, named["input_ids"].meta["val"].shape[1])
@@ -189,7 +193,7 @@ def _wired(graph: Graph, logits: Node) -> dict[str, tuple[str, ...]]:
         values |= dict(zip(recurrence.before, given, strict=True)) | {recurrence.keep: None}
         if recurrence.switch is not None:
             values[recurrence.switch] = True
-        node.args, node.kwargs = tuple(values[a.name] for a in node.target._schema.arguments), {}  # type: ignore[union-attr]
+        node.args, node.kwargs = tuple(values[a.name] for a in node.target._schema.arguments), {}
         with graph.inserting_before(graph.output_node()):
             results += [graph.call_function(operator.getitem, (node, index)) for index in recurrence.after]
         states[site] = tuple(placeholder.name for placeholder in given)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A graph at fixed shapes as one Python function, without sizes, masks and views that change nothing.
 
-A captured program serves every size and every way of calling, and a single token pays for that: of some 80 calls per layer
-of a Llama half compute sizes, masks and casts that come out the same each time. Here a graph is run once, call by
-call, and what each call yields decides what becomes of it:
+A captured program serves every size and every way of calling, and a single token pays for that with calls that come out
+the same each time. Here a graph is run once, call by call (a Llama of four layers: 313 calls, of which 195 are left), and
+what each yields decides what becomes of it:
 
     nothing that varies reaches it    a constant from then on
     a number, a size                  likewise: shapes are fixed

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from rewriter.kernels.linear_attention import additive, checks, layout
 from rewriter.kernels.linear_attention.transforms import backward_of, batched_by
-from rewriter.kernels.spec import Cost, KernelSpec, Recurrence
+from rewriter.kernels.spec import Cost, KernelSpec, Recurrence, tensor_bytes
 
 NORMALISE = ("sum", "none")
 
@@ -110,7 +110,7 @@ def _additive_cost(
     if causal:
         flops += 2 * batch * heads * length * min(chunk, length) * (features + values)
     kept = batch * states * features * values * layout.wide(q.dtype).itemsize
-    read = layout.nbytes(q, k, v, log_decay, keep, state, normaliser)
+    read = tensor_bytes(q, k, v, log_decay, keep, state, normaliser)
     return Cost(flops, read, batch * heads * length * v.shape[3] * q.element_size() + kept)
 
 

@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from rewriter.kernels.linear_attention import checks, delta, layout
 from rewriter.kernels.linear_attention.transforms import backward_of, batched_by
-from rewriter.kernels.spec import Cost, KernelSpec, Recurrence
+from rewriter.kernels.spec import Cost, KernelSpec, Recurrence, tensor_bytes
 
 
 def _check(
@@ -88,7 +88,7 @@ def _cost(
     per_key = 4 * features * values + 2 * size * (features + values) + 4 * size * size * (size - 1).bit_length()
     flops = batch * length * (heads * per_query + states * per_key)
     kept = batch * states * features * values * layout.wide(q.dtype).itemsize
-    read = layout.nbytes(q, k, v, beta, log_decay, keep, state)
+    read = tensor_bytes(q, k, v, beta, log_decay, keep, state)
     return Cost(flops, read, batch * heads * length * values * q.element_size() + kept)
 
 

@@ -23,7 +23,7 @@ from rewriter.kernels.batching import one_call_each
 from rewriter.kernels.linear_attention import checks, feature_maps, layout
 from rewriter.kernels.linear_attention.feature_maps import LARGEST, widened
 from rewriter.kernels.linear_attention.transforms import backward_of
-from rewriter.kernels.spec import Cost, KernelSpec
+from rewriter.kernels.spec import Cost, KernelSpec, tensor_bytes
 
 # kind -> how many of weight, bias, gain_weight, gain_bias it has
 KINDS = {"elu": 0, "hedgehog": 1, "exp": 2, "landmark": 4}
@@ -89,7 +89,7 @@ def _cost(x: Tensor, *rest: Any) -> Cost:
     *parameters, kind, _ = rest
     made = x[..., 0].numel() * feature_count(x, parameters[0], kind)
     products = sum(2 * x.numel() * p.shape[2] for p in parameters[::2] if p is not None)
-    return Cost(products + made, layout.nbytes(x, *parameters), made * layout.wide(x.dtype).itemsize)
+    return Cost(products + made, tensor_bytes(x, *parameters), made * layout.wide(x.dtype).itemsize)
 
 
 def _batched(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from rewriter.kernels.linear_attention import checks, hybrid, layout
 from rewriter.kernels.linear_attention.sequence import Inputs, Past, Setting, state_heads
 from rewriter.kernels.linear_attention.transforms import backward_of, batched_by
-from rewriter.kernels.spec import Cost, KernelSpec, Recurrence
+from rewriter.kernels.spec import Cost, KernelSpec, Recurrence, tensor_bytes
 
 BLOCKS = ("sliding", "terrace")
 ANCHORS = ("max", "none")
@@ -117,11 +117,11 @@ def _cost(*arguments: Any) -> Cost:
     columns = min(max(chunk, before + 1), length) + before + setting.sinks
     per_query = 2 * columns * (width + features + values) + 2 * features * values
     flops = batch * length * (heads * per_query + states * 2 * features * values)
-    read = layout.nbytes(*astuple(x)) + (0 if past is None else layout.nbytes(*astuple(past)))
+    read = tensor_bytes(*astuple(x)) + (0 if past is None else tensor_bytes(*astuple(past)))
     written = batch * heads * length * (values - 1) * x.q.element_size()
     if with_state:
         slots = setting.sinks + setting.reach
-        per_slot = layout.nbytes(x.k, x.v, x.k_map) // max(length, 1) + batch
+        per_slot = tensor_bytes(x.k, x.v, x.k_map) // max(length, 1) + batch
         written += slots * per_slot + batch * states * features * values * layout.wide(x.q.dtype).itemsize
     return Cost(flops, read, written)
 

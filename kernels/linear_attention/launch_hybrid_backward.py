@@ -117,15 +117,15 @@ class _Work:
 
     @property
     def small(self) -> dict[str, int]:
-        """Where float32 needs smaller ones."""
-        return self._tiles(16 if self.wide else 64)
+        """Where there are two kinds of scores at a time: smaller in float32; fewer values where ranks come on top."""
+        tiles = self._tiles(16 if self.wide else 64)
+        return {**tiles, "BV": min(tiles["BV"], 32)} if self.call.setting.counts_ranks else tiles
 
     def _tiles(self, most: int) -> dict[str, int]:
         width, values = self.call.q.shape[3], self.call.x.v.shape[3]
-        of_values = min(most, 32) if self.call.setting.counts_ranks else most
         return {
             "BK": 16 if self.wide else 32, "BD": block(width, most), "BF": block(self.features, most),
-            "BV": block(values, of_values),
+            "BV": block(values, most),
         }  # fmt: skip
 
     @property
@@ -142,7 +142,7 @@ class _Work:
         self.start(
             of_queries.hybrid_query_gradients_kernel,
             lambda c: (batch * heads, call.chunks, triton.cdiv(width, c["BD"])),
-            self.sizes, self.warps, 1, **self.window, dq_ptr=dq, soft_ptr=soft,
+            self.sizes, 4 if call.setting.counts_ranks else self.warps, 1, **self.window, dq_ptr=dq, soft_ptr=soft,
         )  # fmt: skip
         return dq, soft
 
@@ -227,7 +227,8 @@ class _Work:
         self.start(
             of_keys.hybrid_key_map_gradients_kernel,
             lambda c: (batch * call.heads, self.blocks, parts),
-            self.sizes, 8, 1, **self.linear, states_ptr=self.states, zs_ptr=self.zs, dstates_ptr=dstates, dzs_ptr=dzs,
+            self.sizes if self.wide else self.small, 8, 1,
+            **self.linear, states_ptr=self.states, zs_ptr=self.zs, dstates_ptr=dstates, dzs_ptr=dzs,
             dk_map_ptr=dk, passed_ptr=passed,
         )  # fmt: skip
         return dk, None if passed is None else passed.sum((0, 2, 3))

@@ -21,11 +21,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def nbytes(*tensors: Tensor | None) -> int:
-    """Bytes of all tensors that are there."""
-    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
-
-
 def fresh(x: Tensor) -> Tensor:
     """A contiguous copy: results of an operator may share memory neither with each other nor with its inputs."""
     return x.clone(memory_format=torch.contiguous_format)

@@ -163,10 +163,12 @@ def _hybrid(known: Signature) -> tuple[Prepared, int, bool]:
     call.dense(gate=5, map_scale=6)
     call.dense(torch.bool, keep=8)
     if past is not None:
-        call.rows(past_k=9, past_v=10)
+        # Caches come in the dtype of what is new: an earlier call under autocast may have left another.
+        call.rows(x.k.dtype, past_k=9)
+        call.rows(x.v.dtype, past_v=10)
         call.dense(torch.bool, past_keep=12)
         if x.q_map is not None:
-            call.rows(past_map=11)
+            call.rows(features(x).dtype, past_map=11)
             call.dense(state=14, normaliser=15)
     if x.log_decay is not None:
 

@@ -61,21 +61,23 @@ class Prepared:
         self._computed: list[tuple[int, Callable[[Sequence[Any]], Tensor]]] = []
         self._results: list[tuple[int, Sequence[int], torch.dtype]] = []
 
-    def rows(self, **places: int) -> None:
-        """``[B, h, T, width]`` in any of the three dtypes, by place among the arguments; None is left out.
+    def rows(self, dtype: torch.dtype | None = None, **places: int) -> None:
+        """``[B, h, T, width]`` by place among the arguments, as they are or in ``dtype``; None is left out.
 
         Raises:
-            Unsupported: another dtype.
+            Unsupported: a dtype that is none of `TYPES`.
         """
         for name, place in places.items():
             x = self.arguments[place]
             if x is None:
                 continue
-            if x.dtype not in TYPES:
-                raise Unsupported(f"the CPU kernels of linear attention compute in float32; {name} is {x.dtype}")
-            self._address(name, place, None if x.stride(3) == 1 else Tensor.contiguous)
-            strides = x.contiguous().stride() if x.stride(3) != 1 else x.stride()
-            setattr(self.filled, name, Rows(None, x.shape[1], *strides[:3], x.shape[3], TYPES[x.dtype]))
+            kind = x.dtype if dtype is None else dtype
+            if kind not in TYPES:
+                raise Unsupported(f"the CPU kernels of linear attention compute in float32; {name} is {kind}")
+            fits = x.stride(3) == 1 and x.dtype is kind
+            self._address(name, place, None if fits else _dense_in(kind))
+            strides = (x if fits else _dense_in(kind)(x)).stride()
+            setattr(self.filled, name, Rows(None, x.shape[1], *strides[:3], x.shape[3], TYPES[kind]))
 
     def dense(self, dtype: torch.dtype = torch.float32, **places: int) -> None:
         """Contiguous in ``dtype``; None is left out."""
@@ -83,7 +85,7 @@ class Prepared:
             x = self.arguments[place]
             if x is not None:
                 fits = x.dtype is dtype and x.is_contiguous()
-                self._address(name, place, None if fits else lambda t: t.to(dtype).contiguous())
+                self._address(name, place, None if fits else _dense_in(dtype))
 
     def computed(self, name: str, function: Callable[[Sequence[Any]], Tensor]) -> None:
         """What a function makes of the arguments, anew in every call."""
@@ -125,6 +127,10 @@ class Prepared:
             results.append(result)
         function(words)
         return results
+
+
+def _dense_in(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.to(dtype).contiguous()
 
 
 def _word(structure: type[ctypes.Structure], name: str) -> int:

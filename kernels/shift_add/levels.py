@@ -135,5 +135,8 @@ level_embedding: OpOverload = KernelSpec(
     backward=_embedding_backward,
     vmap=leading(lambda: level_embedding),
     cost=_embedding_cost,
-    implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:level_embedding"},
+    implementations={
+        "cpu": "rewriter.kernels.shift_add.native:level_embedding",
+        "cuda": "rewriter.kernels.shift_add.launch_embedding:level_embedding",
+    },
 ).register()

@@ -105,7 +105,7 @@ struct Call {
     const void *first, *scale, *third, *fourth;  // the weight's tensors; what they are is the kind's business
     int64_t scale_type, out, in, group;
     const void *x, *bias;  // [batch, in]; [out], or null
-    void *y, *scratch;     // [batch, out]; x in the order of lanes, batch * blocks * 128 elements
+    void *y, *scratch;     // [batch, out]; x in the order of lanes, batch * blocks * 128 floats
     int64_t type, bias_type, batch, threads;
 
     long blocks() const { return (in + BLOCK - 1) / BLOCK; }

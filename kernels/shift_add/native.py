@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ShiftAdd layers on the CPU, from packed codes as they are stored: nothing of a weight is kept in another form.
+"""The ShiftAdd layers and embeddings on the CPU, from packed codes as they are stored, kept in no other form.
 
 Here formats become a `products.Weight`: the code that decodes them (``bcq.cpp``, ``levels.cpp``, compiled for one
 format at a time) and the tensors it reads. How that is multiplied is in `products`.
@@ -21,6 +21,8 @@ from rewriter.kernels.shift_add import codec, products, reference
 from rewriter.kernels.shift_add.products import BLOCK, LANES, Weight
 
 _HERE = Path(__file__).parent
+# Loops that matter are written as vectors: a higher level adds a second to every build and nothing else.
+_FLAGS = tuple("-O2" if flag == "-O3" else flag for flag in native.FLAGS)
 
 Like = tuple[torch.Size, torch.dtype]
 
@@ -49,11 +51,22 @@ def bcq_linear(
         Unsupported: another dtype, or no compiler.
     """
     build = _bcq(features(x), like(codes), like(scale), maybe_like(shift), maybe_like(bias), group, in_features)
-    if build.group_of is not None:  # groups on no border of lanes: scales of their own for every basis
-        scale, shift = codec.bcq_alpha(scale, shift, codes.shape[1], torch.float32), None
-    kept = None if shift is None else shift.contiguous()
-    tensors = codes.contiguous(), scale.contiguous(), kept, build.group_of
-    return products.linear(x, Weight(build.library, tensors, codes.shape[0], in_features, group), bias)
+    return products.linear(x, _planes(build, codes, scale, shift, group, in_features), bias)
+
+
+def bcq_embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, in_features: int
+) -> Tensor:
+    """`reference.bcq_embedding` for scales in float32, float16 and bfloat16.
+
+    Raises:
+        ValueError: arguments that do not fit together, as the reference.
+        IndexError: an index that is no row.
+        Unsupported: another dtype, or no compiler.
+    """
+    reference.check_ids(ids)
+    build = _bcq(None, like(codes), like(scale), maybe_like(shift), None, group, in_features)
+    return products.gather(ids, _planes(build, codes, scale, shift, group, in_features), scale.dtype)
 
 
 def pot_linear(
@@ -68,7 +81,17 @@ def pot_linear(
 ) -> Tensor:
     """`reference.pot_linear` for float32, float16 and bfloat16; raises as `bcq_linear`."""
     build = _pot(features(x), like(codes), like(scale), maybe_like(bias), bits, terms, group, in_features)
-    return _stream(build, x, codes, scale, _pot_table(bits, terms), bias, group, in_features)
+    return products.linear(x, _stream(build, codes, scale, _pot_table(bits, terms), group, in_features), bias)
+
+
+def pot_embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, bits: int, terms: int, group: int, in_features: int
+) -> Tensor:
+    """`reference.pot_embedding`; dtypes and errors as `bcq_embedding`."""
+    reference.check_ids(ids)
+    build = _pot(None, like(codes), like(scale), None, bits, terms, group, in_features)
+    weight = _stream(build, codes, scale, _pot_table(bits, terms), group, in_features)
+    return products.gather(ids, weight, scale.dtype)
 
 
 def level_linear(
@@ -84,23 +107,31 @@ def level_linear(
     """`reference.level_linear` for float32, float16 and bfloat16; raises as `bcq_linear`."""
     likes = features(x), like(codes), like(scale), like(levels), maybe_like(bias)
     build = _level(*likes, bits, group, in_features)
-    return _stream(build, x, codes, scale, _repeated(levels), bias, group, in_features)
+    return products.linear(x, _stream(build, codes, scale, _repeated(levels), group, in_features), bias)
 
 
-def _stream(
-    build: Build,
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    group: int,
-    in_features: int,
+def level_embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, bits: int, group: int, in_features: int
 ) -> Tensor:
+    """`reference.level_embedding`; dtypes and errors as `bcq_embedding`."""
+    reference.check_ids(ids)
+    build = _level(None, like(codes), like(scale), like(levels), None, bits, group, in_features)
+    return products.gather(ids, _stream(build, codes, scale, _repeated(levels), group, in_features), scale.dtype)
+
+
+def _planes(build: Build, codes: Tensor, scale: Tensor, shift: Tensor | None, group: int, in_features: int) -> Weight:
+    if build.group_of is not None:  # groups on no border of lanes: scales of their own for every basis
+        scale, shift = codec.bcq_alpha(scale, shift, codes.shape[1], torch.float32), None
+    kept = None if shift is None else shift.contiguous()
+    tensors = codes.contiguous(), scale.contiguous(), kept, build.group_of
+    return Weight(build.library, tensors, codes.shape[0], in_features, group)
+
+
+def _stream(build: Build, codes: Tensor, scale: Tensor, table: Tensor, group: int, in_features: int) -> Weight:
     if build.group_of is not None and build.group_of.dim() == 3:  # a scale for every lane is fetched as float32
         scale = scale.to(torch.float32)
     tensors = codes.contiguous(), scale.contiguous(), table, build.group_of
-    return products.linear(x, Weight(build.library, tensors, codes.shape[0], in_features, group), bias)
+    return Weight(build.library, tensors, codes.shape[0], in_features, group)
 
 
 # ---------------------------------------------------------------------------------- checked and built once per signature
@@ -128,6 +159,11 @@ def _maybe(signature: Like | None) -> Tensor | None:
     return None if signature is None else _stand_in(signature)
 
 
+def _check_linear(x: Like | None, bias: Like | None, out_features: int, in_features: int) -> None:
+    if x is not None:  # else rows are looked up
+        reference.check_linear(_stand_in(x), _maybe(bias), out_features, in_features)
+
+
 def _check_dtypes(*signatures: Like | None) -> None:
     for signature in signatures:
         if signature is not None and signature[1] not in products.TYPES:
@@ -136,10 +172,10 @@ def _check_dtypes(*signatures: Like | None) -> None:
 
 @lru_cache(maxsize=4096)
 def _bcq(
-    x: Like, codes: Like, scale: Like, shift: Like | None, bias: Like | None, group: int, in_features: int
+    x: Like | None, codes: Like, scale: Like, shift: Like | None, bias: Like | None, group: int, in_features: int
 ) -> Build:
     reference.check_bcq(_stand_in(codes), _stand_in(scale), _maybe(shift), group, in_features)
-    reference.check_linear(_stand_in(x), _maybe(bias), codes[0][0], in_features)
+    _check_linear(x, bias, codes[0][0], in_features)
     _check_dtypes(x, scale, bias)
     parts = tables_per_block(group, in_features)
     shared = shift is not None and parts > 0
@@ -151,20 +187,20 @@ def _bcq(
 
 @lru_cache(maxsize=4096)
 def _pot(
-    x: Like, codes: Like, scale: Like, bias: Like | None, bits: int, terms: int, group: int, in_features: int
+    x: Like | None, codes: Like, scale: Like, bias: Like | None, bits: int, terms: int, group: int, in_features: int
 ) -> Build:
     reference.check_pot(_stand_in(codes), _stand_in(scale), bits, terms, group, in_features)
-    reference.check_linear(_stand_in(x), _maybe(bias), codes[0][0], in_features)
+    _check_linear(x, bias, codes[0][0], in_features)
     _check_dtypes(x, scale, bias)
     return _of_stream(bits, group, in_features)
 
 
 @lru_cache(maxsize=4096)
 def _level(
-    x: Like, codes: Like, scale: Like, levels: Like, bias: Like | None, bits: int, group: int, in_features: int
+    x: Like | None, codes: Like, scale: Like, levels: Like, bias: Like | None, bits: int, group: int, in_features: int
 ) -> Build:
     reference.check_levels(_stand_in(codes), _stand_in(scale), _stand_in(levels), bits, group, in_features)
-    reference.check_linear(_stand_in(x), _maybe(bias), codes[0][0], in_features)
+    _check_linear(x, bias, codes[0][0], in_features)
     _check_dtypes(x, scale, levels, bias)
     return _of_stream(bits, group, in_features)
 
@@ -200,7 +236,7 @@ def _group_of(place: Tensor, group: int, in_features: int) -> Tensor:
 
 
 def _library(source: str, **macros: int) -> ctypes.CDLL:
-    return native.library(_HERE / source, macros, products.FUNCTIONS)
+    return native.library(_HERE / source, macros, products.FUNCTIONS, _FLAGS)
 
 
 @cache

@@ -205,7 +205,10 @@ bcq_embedding: OpOverload = KernelSpec(
     backward=_bcq_embedding_backward,
     vmap=leading(lambda: bcq_embedding),
     cost=_bcq_embedding_cost,
-    implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:bcq_embedding"},
+    implementations={
+        "cpu": "rewriter.kernels.shift_add.native:bcq_embedding",
+        "cuda": "rewriter.kernels.shift_add.launch_embedding:bcq_embedding",
+    },
 ).register()
 
 pot_linear: OpOverload = KernelSpec(
@@ -236,5 +239,8 @@ pot_embedding: OpOverload = KernelSpec(
     backward=_pot_embedding_backward,
     vmap=leading(lambda: pot_embedding),
     cost=_pot_embedding_cost,
-    implementations={"cuda": "rewriter.kernels.shift_add.launch_embedding:pot_embedding"},
+    implementations={
+        "cpu": "rewriter.kernels.shift_add.native:pot_embedding",
+        "cuda": "rewriter.kernels.shift_add.launch_embedding:pot_embedding",
+    },
 ).register()

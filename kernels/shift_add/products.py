@@ -111,7 +111,8 @@ def _faster(x: Tensor, weight: Weight, bias: Tensor | None, batch: int) -> Way:
 def multiplied(x: Tensor, weight: Weight, bias: Tensor | None, batch: int) -> Tensor:
     """From packed codes, with nothing of W in memory but what the first cache holds."""
     padded = weight.padded
-    scratch, result = x.new_empty((batch * padded,)), x.new_empty((*x.shape[:-1], weight.out))
+    result = x.new_empty((*x.shape[:-1], weight.out))
+    scratch = x.new_empty((batch * padded,), dtype=torch.float32)  # where pairs are not multiplied, so is bfloat16
     threads = native.threads(batch * weight.out * padded, GRAIN)
     weight.library.multiply(weight.call(x, bias, result.data_ptr(), scratch.data_ptr(), batch, threads))
     return result

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// l = h Cᵀ for a few rows of h at a time, in AVX-512: sixteen dot products together, 16 codes by one row or 2 codes by eight.
+// l = h Cᵀ for a few rows of h, in AVX-512: sixteen dot products at a time, 16 codes by one row or 2 codes by eight.
 //
 // Rows of C and h are read as they lie, along the width. Each dot product has a vector of partial sums; sixteen of these are
 // added up lane by lane together. So nothing is packed, and the result does not depend on threads or on the other rows.
@@ -65,7 +65,8 @@ template <class T> struct Early {
 
 // sum[j · ROWS + r] = the partial sums of c[j] · x[r].
 template <class T, int CODES, int ROWS>
-inline __attribute__((always_inline)) void multiply(const T* const* c, const T* const* x, long width, Early<T> early, __m512* sum) {
+inline __attribute__((always_inline)) void multiply(const T* const* c, const T* const* x, long width, Early<T> early,
+                                                    __m512* sum) {
     typedef Lanes<T> L;
 #pragma GCC unroll 16
     for (int i = 0; i < CODES * ROWS; i++) sum[i] = _mm512_setzero_ps();
@@ -119,7 +120,8 @@ void rows_together(const Book<T>& book, const T* const h[SIDE], long first, long
     for (long j = first; j < last; j += 2) {
         __m512 sum[16];
         const T* c[2] = {book.row(j), book.row(j + 1)};
-        multiply<T, 2, SIDE>(c, h, book.width, {book.codes + (j + ahead) * book.stride + part, book.stride, 64 / groups}, sum);
+        const Early<T> early = {book.codes + (j + ahead) * book.stride + part, book.stride, 64 / groups};
+        multiply<T, 2, SIDE>(c, h, book.width, early, sum);
         store(l + j * SIDE, totals(sum));
     }
 }

@@ -29,14 +29,14 @@ from rewriter.kernels.vq_logits.shared import check_k, check_product, check_targ
 _HERE = Path(__file__).parent
 _FLAGS = (*native.FLAGS, "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-_TIERS = {
+_TIERS: native.Functions = {
     "tiers_own_product": [_POINTER],
     "tiers_product": [_POINTER, _INT, _POINTER, _LONG, _INT, _POINTER],
     "tiers_logits": [_POINTER, _INT] + [_POINTER] * 2 + [_LONG, _INT, _POINTER],
     "tiers_losses": [_POINTER, _INT] + [_POINTER] * 3 + [_LONG, _LONG, _INT, _POINTER],
     "tiers_topk": [_POINTER, _INT] + [_POINTER] * 3 + [_LONG, _LONG, _INT, _POINTER],
 }
-_PRODUCT = {"product_logits": [_POINTER] * 4 + [_LONG, _INT]}
+_PRODUCT: native.Functions = {"product_logits": [_POINTER] * 4 + [_LONG, _INT]}
 _DTYPES = (torch.float32, torch.bfloat16)
 MEASURED_ROWS = 8  # of a tiers head; for so many its codebook is read no faster than it is multiplied
 GRAIN = 1 << 16  # products that are worth a thread

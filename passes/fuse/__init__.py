@@ -27,7 +27,7 @@ class Fuse(Pass):
         masks: a mask that is causal or full at every size it was evaluated at → ``is_causal=True``
             or none. Off by default: unlike the others it rests on evaluation, not on the mask's text.
         loss: a linear read by a cross entropy alone → ``linear_cross_entropy``, without a tensor of positions times
-            classes. Off by default: it saves memory, and in training costs a third more of the head's arithmetic.
+            classes. Off by default: other passes look for heads as linear layers.
     """
 
     name: ClassVar[str] = "fuse"

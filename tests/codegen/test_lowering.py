@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import rewriter
 from rewriter.codegen.emitting import emit
+from rewriter.codegen.lowering import lower
 from rewriter.errors import LoadError, PlanError
 from rewriter.kernels.emitted.loading import LOADED
 
@@ -61,6 +62,11 @@ def test_elsewhere_the_same_operators_run_one_by_one() -> None:
     assert len(emitted(opt)) == 1
     assert torch.equal(opt(x), opt.program.run(x)[0])
     assert not any(node.target in LOADED for node in opt.program.graph.nodes)  # what is exported and compared
+
+
+def test_a_program_is_lowered_once() -> None:
+    with pytest.raises(PlanError, match="lowered already"):
+        lower(small().lowered.program, "cuda")
 
 
 def test_on_the_cpu_nothing_is_emitted() -> None:

@@ -172,7 +172,7 @@ def _check_bounds(ptrs: Any, mask: Any, verb: str) -> None:
     """What is read outside need not show in any result, but on a device it may be no memory at all."""
     if _extents is None:
         return
-    touched = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+    touched = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)]  # masks may be integers
     if not touched.size:
         return
     # One access has one pointer, so one storage: enough to look at both ends.

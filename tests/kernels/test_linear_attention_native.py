@@ -151,6 +151,18 @@ def test_strides_do_not_matter(rule: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("length", (1, 20))
+def test_caches_of_another_dtype_are_taken_in_that_of_the_tokens(length: int) -> None:
+    """As after a call under autocast: rows were copied as bytes of the other width."""
+    with sizes(2, 16, 16, 16):
+        args = case("hybrid", length, 1, dtype=torch.bfloat16, window=17)
+        past = reference("hybrid", case("hybrid", 30, 2, dtype=torch.float32, window=17))
+    same = [x.bfloat16() if n in (1, 2, 3) else x for n, x in enumerate(past)]
+    got, want = (native.hybrid_attention(*after("hybrid", args, p).values()) for p in (past, same))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype is b.dtype and torch.equal(a, b)
+
+
 # -- feature maps ------------------------------------------------------------------------------------------------
 
 

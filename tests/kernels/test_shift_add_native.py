@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled ShiftAdd layers against the reference: values, dtypes, memory, threads, and everything torch asks."""
+"""The compiled ShiftAdd layers and embeddings against the reference: values, dtypes, memory, threads, what torch asks."""
 
 from __future__ import annotations
 
@@ -115,6 +115,16 @@ def case(
     return Case(op.level_linear, tensors, (form.bits, group, width), (0, 2, 3, 4))
 
 
+def lookup(layer: Case, ids: Tensor) -> Case:
+    """The same weight as an embedding."""
+    operators = {
+        op.bcq_linear: op.bcq_embedding,
+        op.pot_linear: op.pot_embedding,
+        op.level_linear: op.level_embedding,
+    }
+    return Case(operators[layer.operator], (ids, *layer.tensors[1:-1]), layer.numbers, layer.floats[1:-1])
+
+
 def losses(given: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Errors of the compiled code and of the reference against float64, and the rounding error natural to the sums."""
     exact, expected, found = given.wide()(given.reference), given(given.reference), given(given.compiled)
@@ -169,6 +179,61 @@ def test_over_many_sums_the_loss_is_that_of_the_reference(form: Format) -> None:
     for dtype in DTYPES:
         found, expected, _ = losses(case(form, 64, 900, (4,), form.groups[0], (dtype, torch.float32)))
         assert found.square().mean() <= expected.square().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[0], FORMATS[2], FORMATS[5], FORMATS[8], FORMATS[9]], ids=str)
+def test_rows_longer_than_what_is_opened_or_decoded_at_a_time(form: Format, dtype: torch.dtype) -> None:
+    for width in (513, 1100, 4096 + 700):
+        for batch in (1, 6, 35):
+            assert_as_good(case(form, 9, width, (batch,), form.groups[0], (dtype, torch.float16)))
+
+
+@pytest.mark.skipif("avx512_bf16" not in native.processor(), reason="products of bfloat16 pairs")
+@pytest.mark.parametrize("form", [FORMATS[0], FORMATS[1], FORMATS[2], FORMATS[9], FORMATS[11]], ids=str)
+@settings(deadline=None, max_examples=6)
+@given(data=st.data())
+def test_bfloat16_rounds_the_weights_and_the_result_and_nothing_else(form: Format, data: st.DataObject) -> None:
+    """As the reference does. One weight may lie so near the middle that float32 sums decide where it goes."""
+    width, batch = data.draw(st.integers(1, 700), "width"), data.draw(st.integers(1, 9), "batch")
+    group, seed = data.draw(st.sampled_from(form.groups), "group"), data.draw(st.integers(0, 2**31 - 1))
+    given = case(form, 5, width, (batch,), group, (torch.bfloat16, torch.float16), seed=seed)
+    x, bias = given.tensors[0], given.tensors[-1]
+    assert x is not None and bias is not None
+    dense = Case(given.operator, (torch.eye(width), *given.tensors[1:-1], None), given.numbers, given.floats)
+    weight = dense(given.reference).bfloat16().double()  # [width, out]
+    exact = x.double() @ weight + bias.double()
+    half = exact.abs() * torch.finfo(torch.bfloat16).eps / 2
+    sums = (x.double().abs() @ weight.abs() + bias.double().abs()) * 4 * torch.finfo(torch.float32).eps
+    one = (x.double().abs().unsqueeze(-1) * weight.abs()).amax(1) * torch.finfo(torch.bfloat16).eps
+    assert ((given(given.compiled).double() - exact).abs() <= half + sums + one).all()
+
+
+@pytest.mark.parametrize("form", [FORMATS[0], FORMATS[2], FORMATS[4], FORMATS[7], FORMATS[8], FORMATS[11]], ids=str)
+@settings(deadline=None, max_examples=8)
+@given(data=st.data())
+def test_rows_are_looked_up_as_by_the_reference(form: Format, data: st.DataObject) -> None:
+    out, width = data.draw(st.integers(1, 9), "out"), data.draw(st.integers(1, 700), "width")
+    group, scales = data.draw(st.sampled_from(form.groups), "group"), data.draw(st.sampled_from(DTYPES))
+    layer = case(form, out, width, (1,), group, (torch.float32, scales), seed=data.draw(st.integers(0, 2**31 - 1)))
+    ids = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(0, out - 1), min_size=3, max_size=3), max_size=4), "ids"),
+        dtype=data.draw(st.sampled_from([torch.int32, torch.int64])),
+    ).view(-1, 3)
+    given = lookup(layer, ids.t())  # no row of memory
+    found, expected, exact = given(given.compiled), given(given.reference), given.wide()(given.reference)
+    assert found.shape == expected.shape and found.dtype == expected.dtype and found.is_contiguous()
+    rounding = exact.abs() * torch.finfo(scales).eps / 2
+    assert ((found.double() - exact).abs() <= (expected.double() - exact).abs() + rounding + 1e-6).all()
+
+
+def test_an_index_outside_is_an_error() -> None:
+    layer = case(FORMATS[0], 5, 140, (1,), 128)
+    for wrong in (-1, 5):
+        for function in ("compiled", "reference"):
+            given = lookup(layer, torch.tensor([0, wrong]))
+            with pytest.raises(IndexError):
+                given(getattr(given, function))
 
 
 @settings(deadline=None, max_examples=3)
@@ -255,12 +320,17 @@ def test_other_instruction_sets_compute_the_same(form: Format, machine: str, mon
 
     given = [case(form, 5, 300, (batch,), form.groups[0], bias=False) for batch in (1, 3)]
     here = [call(call.compiled) for call in given]
+    narrow = [case(form, 5, 300, (batch,), form.groups[0], (torch.bfloat16, torch.float16)) for batch in (1, 3, 9)]
     monkeypatch.setattr(shift_native, "_library", library)
     _clear()
     try:
         for call, expected in zip(given, here, strict=True):
             assert_as_good(call)
             torch.testing.assert_close(call(call.compiled), expected, rtol=1e-5, atol=1e-5)
+        for way in ("multiplied", "through_dense"):
+            monkeypatch.setattr(choosing, "fastest", lambda kind, ways, way=way: way)
+            for call in narrow:
+                assert_as_good(call)
     finally:
         _clear()
 
@@ -276,7 +346,7 @@ GUARDED = """
 import ctypes, mmap, sys
 sys.path.insert(0, {folder!r})
 import torch
-from test_shift_add_native import FORMATS, Case, case
+from test_shift_add_native import FORMATS, Case, case, lookup
 from rewriter.kernels import choosing
 
 PAGE = mmap.PAGESIZE
@@ -303,9 +373,13 @@ for form in FORMATS:
         for way in ("multiplied", "through_dense"):
             choosing.fastest = lambda kind, ways: way
             for batch in (1, 11):
-                plain = case(form, 5, width, (batch,), form.groups[0])
-                inside = Case(plain.operator, tuple(map(guarded, plain.tensors)), plain.numbers, plain.floats)
-                assert torch.equal(inside(plain.compiled), plain(plain.compiled)), (form, width, way, batch)
+                for dtype in (torch.float32, torch.bfloat16):
+                    plain = case(form, 5, width, (batch,), form.groups[0], (dtype, torch.float16))
+                    inside = Case(plain.operator, tuple(map(guarded, plain.tensors)), plain.numbers, plain.floats)
+                    assert torch.equal(inside(plain.compiled), plain(plain.compiled)), (form, width, way, batch)
+        rows = lookup(plain, torch.tensor([4, 0]))
+        inside = Case(rows.operator, tuple(map(guarded, rows.tensors)), rows.numbers, rows.floats)
+        assert torch.equal(inside(rows.compiled), rows(rows.compiled)), (form, width)
 print("inside")
 """
 
@@ -318,28 +392,32 @@ def test_nothing_is_read_behind_a_tensor() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "inside"), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("batch", [1, 3, 19])
 @pytest.mark.parametrize("form", [FORMATS[0], FORMATS[5], FORMATS[9]], ids=str)
-def test_nothing_is_written_beside_the_results(form: Format, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_beside_the_results(
+    form: Format, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything `products` allocates lies between canaries, and begins as NaN: none may remain or move."""
-    plain = case(form, 5, 300, (batch,), form.groups[0])
+    plain = case(form, 5, 300, (batch,), form.groups[0], (dtype, torch.float32))
     expected = plain(plain.compiled)
     margin, areas = 64, []
 
-    def new_empty(self: Tensor, size: Any) -> Tensor:
+    def new_empty(self: Tensor, size: Any, dtype: torch.dtype | None = None) -> Tensor:
         shape = (size,) if isinstance(size, int) else tuple(size)
-        area = torch.full((math.prod(shape) + 2 * margin,), math.nan, dtype=self.dtype)
-        area[:margin], area[-margin:] = 12345.0, 54321.0
+        area = torch.full((math.prod(shape) + 2 * margin,), math.nan, dtype=dtype or self.dtype)
+        area[:margin], area[-margin:] = 4096.0, 8192.0
         areas.append(area)
         return area[margin:-margin].view(shape)
 
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     for way in ("multiplied", "through_dense"):
         monkeypatch.setattr(choosing, "fastest", lambda kind, ways, way=way: way)
-        torch.testing.assert_close(plain(plain.compiled), expected, rtol=1e-5, atol=1e-5)
+        tolerance = max(1e-5, torch.finfo(dtype).eps)  # two orders of summation, then rounded
+        torch.testing.assert_close(plain(plain.compiled), expected, rtol=tolerance, atol=1e-5)
     assert areas
     for area in areas:
-        assert (area[:margin] == 12345.0).all() and (area[-margin:] == 54321.0).all()
+        assert (area[:margin] == 4096.0).all() and (area[-margin:] == 8192.0).all()
 
 
 # ---------------------------------------------------------------------------------- threads and processes
@@ -390,8 +468,11 @@ def test_a_forked_process_computes_the_same(two_threads: None) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS[:1] + FORMATS[7:9], ids=str)
-def test_opcheck(form: Format) -> None:
+@pytest.mark.parametrize("rows", [False, True], ids=["layer", "embedding"])
+def test_opcheck(rows: bool, form: Format) -> None:
     given = case(form, 5, 140, (2, 3), form.groups[0])
+    if rows:
+        given = lookup(given, torch.tensor([[3, 0, 3]]))
     tensors = [t.requires_grad_() if t is not None and i in given.floats else t for i, t in enumerate(given.tensors)]
     torch.library.opcheck(given.operator, (*tensors, *given.numbers))
 

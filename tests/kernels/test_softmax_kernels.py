@@ -86,6 +86,19 @@ def test_kernels_and_their_gradients_lose_no_more_than_torch(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_every_block_of_a_row_counts_in_its_gradient(kind: str) -> None:
+    """Of a row of three blocks with the gradient in the first, which the later ones must not forget."""
+    grad = torch.cat((torch.ones(1, 4096), torch.zeros(1, 5000)), 1)
+    x = torch.zeros(grad.shape)
+    _, kernel, eager = KINDS[kind]
+    with interpreting():
+        found = getattr(launch, f"{kind}_backward")(grad, kernel(x, 1), 1)
+    wide = x.double().requires_grad_()
+    (golden,) = torch.autograd.grad(eager(wide, 1), wide, grad.double())
+    torch.testing.assert_close(found.double(), golden, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_infinities_and_nans_are_those_of_torch(kind: str) -> None:
     inf, nan = float("inf"), float("nan")
     x = torch.zeros(6, 5000)

@@ -108,18 +108,21 @@ def test_topk_is_that_of_all_logits_ties_included(case: tuple[torch.dtype, Head]
     assert torch.equal(tokens, place) and torch.equal(values, logits.gather(-1, place))
 
 
-def test_infinite_and_undefined_logits() -> None:
-    codebook, packed = randn(4, 8, seed=0), codec.pack_codes(torch.tensor([0, 1, 2, 3, 3]), 4)
-    bias = torch.tensor([0.0, -torch.inf, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("largest_bias", [2.0, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_and_undefined_logits(dtype: torch.dtype, largest_bias: float) -> None:
+    packed = codec.pack_codes(torch.tensor([0, 1, 2, 3, 3]), 5)  # no token has the last code
+    codebook, bias = randn(5, 8, seed=0).to(dtype), torch.tensor([0.0, -torch.inf, 0.0, 1.0, largest_bias])
     for value in (torch.inf, -torch.inf, torch.nan):
-        h = randn(3, 8, seed=1)
-        h[1, 2] = value
-        for function, own in (
-            (reference.tiers_logits, native.vq_logits_tiers),
-            (reference.tiers_logsumexp, native.vq_tiers_logsumexp),
-        ):
-            wanted, found = function(h, codebook, packed, bias), own(h, codebook, packed, bias)
-            torch.testing.assert_close(found, wanted, equal_nan=True)
+        for rows in (1, 3):
+            h = randn(rows, 8, seed=1).to(dtype)
+            h[rows // 2, 2] = value
+            for function, own in (
+                (reference.tiers_logits, native.vq_logits_tiers),
+                (reference.tiers_logsumexp, native.vq_tiers_logsumexp),
+            ):
+                wanted, found = function(h, codebook, packed, bias), own(h, codebook, packed, bias)
+                torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -209,6 +212,28 @@ def test_codes_and_targets_outside_are_the_references_error() -> None:
             native.vq_tiers_nll(h, codebook, inside, None, torch.full((2,), target))
     with pytest.raises(Unsupported, match="outside"):
         native.vq_logits_product(h, randn(2, 5, 4, seed=2), torch.full((3, 2), 5, dtype=torch.uint8), None)
+
+
+def test_wrong_shapes_are_refused_before_memory_is_read() -> None:
+    h, codebook, codes, bias = (
+        randn(2, 8, seed=0),
+        randn(4, 8, seed=1),
+        torch.zeros(5, 1).to(torch.uint8),
+        randn(5, seed=2),
+    )
+    wrong: tuple[Head, ...] = (
+        (h[0, 0], codebook, codes, bias),
+        (h[:, :7], codebook, codes, bias),
+        (h, codebook[0], codes, bias),
+        (h, codebook, codes[:, 0], bias),
+        (h, codebook, codes.expand(5, 4), bias),
+        (h, codebook, codes[:, :0], bias),
+        (h, codebook, codes.long(), bias),
+        (h, codebook, codes, bias[:4]),
+    )
+    for head in wrong:
+        with pytest.raises(RuntimeError, match=r"must|has width"):
+            native.vq_logits_tiers(*head)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
