@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch._ops import OpOverload
 
 from rewriter.facts import path_of
 from rewriter.kernels.emitted.loading import LOADED
-from rewriter.kernels.spec import REGISTRY
+from rewriter.kernels.spec import REGISTRY, KernelSpec
 from rewriter.program import Program
 from rewriter.rules import provenance
 
@@ -32,6 +33,11 @@ class Call:
 
     program: Program
     node: fx.Node
+
+    @property
+    def spec(self) -> KernelSpec:
+        """Of the operator. Raises KeyError for an emitted one."""
+        return REGISTRY[cast(OpOverload, self.node.target)]
 
     @property
     def site(self) -> str:

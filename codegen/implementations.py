@@ -21,7 +21,7 @@ from rewriter.codegen.emitting import EmittedSite
 from rewriter.codegen.lowering import Lowered, lower
 from rewriter.errors import PlanError
 from rewriter.kernels.launching import Request, recorded
-from rewriter.kernels.spec import REGISTRY, Cost
+from rewriter.kernels.spec import Cost
 from rewriter.program import Program
 from rewriter.reports import SiteCode
 
@@ -113,7 +113,7 @@ def _on_gpu(call: Call, runs: SiteCode, lowered: Lowered, target: str) -> Implem
     emitted = {site.node: site for site in lowered.emission.sites} if lowered.emission else {}
     site = emitted.get(call.node.name)
     rule = site.rule if site else call.rule
-    cost = site.cost if site else REGISTRY[call.node.target].cost(*call.arguments("meta"))
+    cost = site.cost if site else call.spec.cost(*call.arguments("meta"))
     chip = roofline.CHIPS[target]
     bound = roofline.bound(cost, chip.bandwidth, chip.flops)
     if runs.code == "reference":
@@ -130,7 +130,7 @@ def requests_of(call: Call, site: EmittedSite | None) -> list[Request]:
     if site is not None:
         return site.requests()
     with recorded() as requests, torch.no_grad():
-        REGISTRY[call.node.target].implementation("cuda")(*call.arguments("meta"))
+        call.spec.implementation("cuda")(*call.arguments("meta"))
     return requests
 
 
@@ -155,7 +155,7 @@ def _bytes(request: Request) -> int:
 
 
 def _on_cpu(call: Call, runs: SiteCode, bandwidth: float) -> Implementation:
-    spec, args = REGISTRY[call.node.target], call.arguments("cpu")
+    spec, args = call.spec, call.arguments("cpu")
     cost: Cost = spec.cost(*args)
     bound = roofline.bound(cost, bandwidth, float("inf"))
     function = spec.reference if runs.code == "reference" else spec.implementation("cpu")

@@ -20,7 +20,6 @@ from rewriter.codegen.sources import file_of
 from rewriter.errors import PlanError
 from rewriter.kernels.emitted.loading import LOADED
 from rewriter.kernels.launching import Unsupported, recorded
-from rewriter.kernels.spec import REGISTRY
 from rewriter.program import Program
 from rewriter.reports import SiteCode
 
@@ -90,14 +89,14 @@ def run_on(call: Call, device: str) -> str:
         Unsupported: its aten reference would run.
     """
     on = "cpu" if device == "cpu" else "meta"
-    function = REGISTRY[call.node.target].implementation("cuda" if device in GPUS else device)
+    function = call.spec.implementation("cuda" if device in GPUS else device)
     with recorded() as requests, torch.no_grad():
         function(*call.arguments(on))
     return ", ".join(dict.fromkeys(file_of(request.kernel.fn) for request in requests)) or file_of(function)
 
 
 def _registered(call: Call, device: str, miss: str) -> SiteCode:
-    spec = REGISTRY[call.node.target]
+    spec = call.spec
     try:
         source = run_on(call, device)
     except Unsupported as reason:

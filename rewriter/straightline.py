@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriter.errors import LegalityError
 from rewriter.kernels.spec import REGISTRY
+from rewriter.schemas import named_arguments
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 _BINDINGS = (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase)
@@ -227,7 +228,8 @@ def _below_dispatcher(node: Node, tensors: Collection[Tensor]) -> Callable[..., 
         if getattr(target, "__module__", "") in ("_operator", "math", "torch"):
             return target  # type: ignore[return-value]
         raise LegalityError(f"{node.name} calls {target}, which is no operator")
-    if target._schema.is_mutable or _RANDOM in target.tags:
+    draws = _RANDOM in target.tags and named_arguments(node).get("train") is not False  # dropout that is switched off
+    if target._schema.is_mutable or draws:
         raise LegalityError(f"{node.name} calls {target}, which writes to memory or draws random numbers")
     if target not in REGISTRY:
         return target

@@ -111,7 +111,7 @@ def by_site(runs: int = 5) -> list[tuple[str, float, float]]:
     _, opt = models()
     ids = _tokens()[:1]
     sums: list[dict[str, float]] = []
-    for program in (opt.original, opt.program):
+    for program in (opt.original_program(), opt.program):
         best: dict[str, float] = {}
         for _ in range(runs):
             timed = _Timed(program.graph_module)

@@ -183,7 +183,7 @@ def linear_cross_entropy_sum(
         part = F.linear(flat[block], narrow, offsets)
         launch(
             kernels.losses_and_gradients,
-            lambda constants, number=block.stop - first: (number,),
+            _one_each(block.stop - first),
             {**fixed, "logits_ptr": part, "target_ptr": which[block], "loss_ptr": losses[block]},
             {"BM": 1},
             _WHOLE_ROWS,
@@ -223,6 +223,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | No
 
 def _grid(blocks: int, classes: int) -> Callable[[Mapping[str, Any]], Grid]:
     return lambda constants: (blocks, triton.cdiv(classes, constants["BN"]))
+
+
+def _one_each(count: int) -> Callable[[Mapping[str, Any]], Grid]:
+    return lambda constants: (count,)
 
 
 def _dense(values: Tensor | None) -> Tensor | None:

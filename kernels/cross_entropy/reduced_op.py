@@ -51,16 +51,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Summed) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    inputs, found = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
+    inputs: Sequence[Any] = ctx.saved_tensors[:_TENSORS]
+    found: Sequence[Tensor] = ctx.saved_tensors[_TENSORS:]
     nothing = (None,) * (len(ctx.options) + 1)
     if grad is None:
         return *(None for _ in inputs), *nothing
     if torch.is_grad_enabled():  # the gradient of the gradient is asked for
         log_z = linear_cross_entropy(*inputs, *ctx.options)[1]
-        each = grad.expand(log_z.shape)
-        scaled: Sequence[Tensor] = gradients(
-            each, torch.zeros_like(log_z), *inputs, log_z, *ctx.options, [*ctx.needed, False]
-        )
+        seeds = grad.expand(log_z.shape), torch.zeros_like(log_z)
+        arguments: Sequence[Any] = (*inputs, log_z, *ctx.options, [*ctx.needed, False])
+        scaled: Sequence[Tensor] = gradients(*seeds, *arguments)
     else:
         scaled = [
             (grad * one).to(like.dtype) if need else one

@@ -45,9 +45,12 @@ def best_of(scores, keys):
 
 @triton.jit
 def pair_masks(rows, valid, own, keys, real, rank, window, sinks, TERRACE: tl.constexpr, SINKS: tl.constexpr):
-    """Distances ``[queries, keys]``, and which pairs are in the window and which before it."""
+    """Distances ``[queries, keys]``, and which pairs are in the window and which before it; of ``valid`` queries only
+    where that matters."""
     distance = rows[:, None] - keys[None, :]
-    visible = (distance >= 0) & real[None, :] & valid[:, None]
+    visible = (distance >= 0) & real[None, :]
+    if valid is not None:
+        visible = visible & valid[:, None]
     near = distance < window
     if SINKS:
         visible = visible & (rank >= sinks)[None, :]
@@ -118,7 +121,7 @@ def hybrid_kernel(  # noqa: C901 - a branch for each option
         rank = keys
         if TERRACE or SINKS:
             rank = tl.load(rank_ptr + batch * rank_b + keys, mask=real, other=0)
-        distance, near, far = pair_masks(rows + offset, valid, own, keys, real, rank, window, sinks, TERRACE, SINKS)
+        distance, near, far = pair_masks(rows + offset, None, own, keys, real, rank, window, sinks, TERRACE, SINKS)
         k = tile(k_ptr, k_t, keys, real, at, width).to(q.dtype)
         v = tile(v_ptr, v_t, keys, real, columns, values).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale

@@ -66,7 +66,7 @@ def _through_outputs(x: Call, do: dict[str, Any]) -> Tensor:
     x.start(
         gradient_kernels.value_gradients_kernel,
         lambda c: (x.rows, x.chunks, triton.cdiv(values, c["BV"])),
-        Config(_tiles(x), num_warps=4, num_stages=1),
+        Config(_tiles(x), num_warps=8 if x.k.dtype is torch.float32 else 4, num_stages=1),
         **do,
         rho_ptr=x.q.new_full(x.q.shape[:3], x.scale, dtype=torch.float32),
         dstates_ptr=None,
@@ -123,7 +123,8 @@ def _key_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of q, k and the decay."""
     (batch, _, length, features), values = x.k.shape, x.v.shape[3]
-    sizes = {"BF": block(features, 32), "BV": block(values, 32)}
+    most = 16 if x.k.dtype is torch.float32 else 32
+    sizes = {"BF": block(features, most), "BV": block(values, most)}
     parts = triton.cdiv(features, sizes["BF"])
     dq = x.q.new_empty((*x.q.shape[:3], features))
     dk = dv.new_empty((batch, x.heads, length, features))

@@ -183,7 +183,7 @@ class Call:
             {**only(self.arguments, hybrid_kernels.hybrid_kernel), **none, **numbers,
              "states_ptr": states, "zs_ptr": zs, "out_ptr": out},
             constants,
-            [self._config(states.shape[3], values, bool(numbers))],
+            [self._config(states.shape[3], values)],
         )  # fmt: skip
 
     @cached_property
@@ -227,8 +227,8 @@ class Call:
         keep = {"sink_keep_ptr": whole.sink_keep, "sink_keep_b": whole.sink_keep.stride(0)}
         return {**pointer("sink_k", dense(whole.sink_k)), **pointer("sink_v", dense(whole.sink_v)), **keep}
 
-    def _config(self, features: int, values: int, numbers: bool) -> Config:
-        """Two running sums and two kinds of scores leave little room; where ranks, sinks or numbers come on top, less."""
+    def _config(self, features: int, values: int) -> Config:
+        """Two running sums and two kinds of scores leave little room; where ranks and sinks come on top, less."""
         wide = self.q.dtype is torch.float32
         crowded = wide or (self.setting.block == "terrace" and self.setting.sinks > 0)
         sizes = {
@@ -236,7 +236,7 @@ class Call:
             "BF": block(features, 32 if wide else 64),
             "BV": block(values, 32 if crowded else 64),
         }
-        return Config(sizes, num_warps=8, num_stages=1 if wide or (crowded and numbers) else 2)
+        return Config(sizes, num_warps=8, num_stages=1 if crowded else 2)
 
 
 def example(

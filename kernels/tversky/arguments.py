@@ -51,10 +51,10 @@ class Arguments:
         Raises:
             ValueError: shapes, dtypes or names that do not.
         """
-        given = cls(*args)
-        reference.check(*given.tensors, given.projected)
-        reference.check_names(*given.names)
-        return given
+        a = cls(*args)
+        reference.check(a.x, a.features, a.prototypes, *a.coefficients, a.negative, a.bias, a.projected)
+        reference.check_names(*a.names)
+        return a
 
     @property
     def tensors(self) -> tuple[Any, ...]:

@@ -133,8 +133,8 @@ class _Tiers:
         self._call(function, self._by_torch() if self._way() == "torch" else None, *buffers, number=number)
 
     def _way(self) -> str:
-        """Whose product with the codebook."""
-        if not _own_product():
+        """Whose product with the codebook. A head with a code for every token is the dense one, bit for bit."""
+        if not _own_product() or self.head.codes >= self.head.tokens:
             return "torch"
         if self.rows <= MEASURED_ROWS:
             return "own"

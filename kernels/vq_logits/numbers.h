@@ -53,7 +53,8 @@ inline __m512 exponential(__m512 x) {
     __m512 r = _mm512_fnmadd_ps(n, all(0.693359375f), x);  // ln 2 in two parts, the first of few bits: n times it is exact
     r = _mm512_fnmadd_ps(n, all(-2.12194440e-4f), r);
     __m512 sum = all(1.0f / 5040);
-    for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = _mm512_fmadd_ps(sum, r, all(term));
+    for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+        sum = _mm512_fmadd_ps(sum, r, all(term));
     return _mm512_scalef_ps(sum, n);
 }
 #endif

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tiers heads: l = h Cᵀ for the codes alone, then every token reads the logit of its code.
 //
-//   logit_i = l_{M(i)} + b_i        log Z = log Σ_j w_j exp(l_j + t_j),  t_j = max b_i, w_j = Σ exp(b_i − t_j) over M(i) = j
+//   logit_i = l_{M(i)} + b_i
+//   log Z   = log Σ_j w_j exp(l_j + t_j)        t_j = max b_i, w_j = Σ exp(b_i − t_j) over M(i) = j
 //
-// A call is one parallel region; what threads add up is divided in the same way for any number of them, so that they do not change a bit.
+// A call is one parallel region; what threads add up is divided in the same way for any number of them, so that their number
+// does not change a bit.
 #include "expand.h"
 #include "head.h"
 
@@ -11,6 +13,7 @@ namespace {
 
 constexpr long PARTS = 4;  // of the tokens, counted apart
 
+// The code logits and nothing else.
 template <class T> bool product(const Head& head, const T* h, long rows, int threads) {
     for (long start = 0; start < rows; start += CHUNK) {
         const CodeLogits<T> l(head, std::min(CHUNK, rows - start));

@@ -156,4 +156,4 @@ def test_inputs_stay_inputs() -> None:
     """A graph whose result is the product itself has nothing to fuse, and says so."""
     built = Around()
     (region,) = regions(built.case(built.linear()))
-    assert region.fused == () and region.miss == "output is not pointwise"
+    assert region.fused == () and region.miss == "it is a result of the program"

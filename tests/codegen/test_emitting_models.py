@@ -42,12 +42,14 @@ def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(batch))
 
 
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=WIDTH, n_layer=2, n_head=2, **ENDS))
+def gpt2(layers: int = 2) -> nn.Module:
+    sizes = {"n_positions": 16, "n_embd": WIDTH, "n_layer": layers, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **ENDS))
 
 
-def llama() -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, **LAYERS, **ENDS))
+def llama(layers: int = 2) -> nn.Module:
+    sizes = LAYERS | {"num_hidden_layers": layers, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **ENDS))
 
 
 def bert() -> nn.Module:
@@ -137,15 +139,11 @@ def test_same_results_where_no_kernel_runs(emitted: Emitted) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("emitted", "batch", "length"),
-    [("bert", 3, 7), ("gpt2", 1, 1), ("llama", 1, 1), ("vit", 3, 1)],
-    indirect=["emitted"],
-    scope="module",
-)
-def test_kernels_on_what_the_model_computes(emitted: Emitted, batch: int, length: int) -> None:
-    """Of several rows and of one, which other kernels do; `test_lowering` has whole models."""
-    inputs = emitted.inputs(batch, length)
+@every_model
+def test_kernels_on_what_the_model_computes(emitted: Emitted, request: pytest.FixtureRequest) -> None:
+    """Of several rows, or of one, which other kernels do; `test_lowering` has whole models."""
+    one = request.node.callspec.params["emitted"] in ("gpt2", "llama")
+    inputs = emitted.inputs(1, 1) if one else emitted.inputs(3, 7)
     for site in {site.emitted.path: site for site in emitted.emission.sites}.values():
         args = arguments_of(emitted.emission.program, site.emitted, *inputs)[0]
         assert (reason := complaint(site.emitted, args)) is None, reason

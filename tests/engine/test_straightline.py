@@ -60,6 +60,7 @@ STEPS: dict[str, Step] = {
     "double": call(aten.to.dtype, torch.float64),
     "all of it": call(aten.slice.Tensor, 0, 0, 2**63 - 1),
     "detached": call(aten.detach.default),
+    "no dropout": call(aten.dropout.default, 0.5, False),
     "own shape": call(aten.expand.default, list(SHAPE)),
     "view": call(aten.view.default, list(SHAPE)),
     "contiguous": call(aten.contiguous.default),
@@ -144,9 +145,10 @@ def refused(target: Any, *args: Any) -> Graph:
     [
         (refused(aten.add_.Tensor, 1), "writes to memory"),
         (refused(aten.rand_like.default), "draws random numbers"),
+        (refused(aten.dropout.default, 0.5, True), "draws random numbers"),
         (refused(lambda x: x), "is no operator"),
     ],
-    ids=("a write", "random numbers", "a function"),
+    ids=("a write", "random numbers", "dropout", "a function"),
 )
 def test_what_is_not_a_function_of_its_arguments_is_refused(graph: Graph, message: str) -> None:
     x: Tensor = torch.zeros(SHAPE)

@@ -76,10 +76,11 @@ def units(grads: list[Tensor], args: list[Any]) -> tuple[Tensor, ...]:
     token = target.clamp(min=0)
     own, each = (1 - smoothing) * kept * m[token].unsqueeze(1), smoothing / len(weight) * kept
     y = torch.zeros_like(logits).scatter_(1, token.unsqueeze(1), 1.0)
-    missing = (torch.logsumexp(logits, 1, keepdim=True) - logits).abs()
-    terms = (own + each * m.sum() + grad_log_z) * (-missing).exp() * (1 + missing) + own * y + each * m
+    log_z = torch.logsumexp(logits, 1, keepdim=True)
+    both = logits.abs() + log_z.abs()
+    terms = (own + each * m.sum() + grad_log_z) * (logits - log_z).exp() * (1 + both) + own * y + each * m
     slope = 1.0 if softcap is None else 1 - (logits / softcap) ** 2
-    to_class = ((1 - smoothing) * kept * y + each) * missing
+    to_class = ((1 - smoothing) * kept * y + each) * both
     through = terms * slope
     found = through @ weight.abs(), through.T @ x.abs(), through.sum(0), to_class.sum(0)
     return tuple(torch.finfo(args[0].dtype).eps * one for one in found)

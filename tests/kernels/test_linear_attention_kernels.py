@@ -19,7 +19,7 @@ from interpreter import interpreting
 from torch import Tensor
 
 from rewriter.kernels.launching import Unsupported
-from rewriter.kernels.linear_attention import additive_op, delta_op, features_op, hybrid, hybrid_op, launch, op
+from rewriter.kernels.linear_attention import additive_op, delta_op, features_op, hybrid, hybrid_op, launch, layout, op
 from rewriter.kernels.spec import REGISTRY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,8 +104,10 @@ def additive_calls(draw: st.DrawFn) -> tuple[torch.dtype, Values, float]:
     v = make(batch, of_v, keys, values)
     shapes = {1: (of_g,), 3: (batch, of_g, keys), 4: (batch, of_g, keys, features)}
     g = None if decay is None else -2 * torch.rand(shapes[decay], generator=make.generator)
+    units = 1.0 if g is None else 16.0
     if g is not None and draw(st.booleans()):
         g.flatten()[0] = -torch.inf
+        units -= layout.LOWEST_LOG_DECAY  # which is what -inf is taken for, in the sum
     keep = make.keep(batch, keys) if draw(st.booleans()) else None
     state = normaliser = None
     if draw(st.booleans()):
@@ -115,7 +117,7 @@ def additive_calls(draw: st.DrawFn) -> tuple[torch.dtype, Values, float]:
     normalise = draw(st.sampled_from(["sum", "none"]))
     # At least one chunk boundary inside the longer ones.
     call = [q, k, v, g, keep, state, normaliser, 0.7, causal, normalise, 16]
-    return dtype, call, 1.0 if g is None else 16.0
+    return dtype, call, units
 
 
 @pytest.mark.hypothesis
