@@ -118,7 +118,24 @@ def _summed(operator: OpOverload) -> Callable[..., Any]:
     return replaced
 
 
+def _joined(x: Tensor, pad: list[int], value: float = 0.0) -> Any:
+    """Padding with another number than 0 (the column of ones of linear attention) as ``cat``.
+
+    Padded once more with zeros, as chunks are, it is two insertions into one buffer, which IREE's CPU back end cannot
+    place ("write affecting operations on global resources are restricted ...").
+    """
+    if value == 0 or not x.is_floating_point() or not all(isinstance(n, int) and n >= 0 for n in pad):
+        return NotImplemented
+    for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        dim = x.dim() - 1 - i
+        ends = [x.new_full((*x.shape[:dim], n, *x.shape[dim + 1 :]), value) for n in (before, after)]
+        parts = [*ends[:1] * (before > 0), x, *ends[1:] * (after > 0)]
+        x = torch.cat(parts, dim=dim) if len(parts) > 1 else x
+    return x
+
+
 _OWN: Table = {
+    aten.constant_pad_nd.default: _joined,
     **{op: _summed(op) for op in (aten.sum.default, aten.sum.dim_IntList, aten.cumsum.default)},
     **{op: _constant(op) for op in (aten.arange.start_step, aten.full_like.default, aten.scalar_tensor.default)},
 }

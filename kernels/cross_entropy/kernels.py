@@ -251,7 +251,7 @@ def losses_and_gradients(
         maximum, total = running(maximum, total, tl.where(inside[None, :], logits, float("-inf")))
         picked += tl.sum(tl.where((columns == target)[None, :], logits, 0.0), 1)
         if smoothing > 0:
-            weighted = tl.where(inside[None, :], logits, 0.0)
+            weighted = logits  # 0 outside
             if class_weight_ptr is not None:
                 weighted *= tl.load(class_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
             smooth += tl.sum(weighted, 1)

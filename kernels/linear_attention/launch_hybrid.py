@@ -18,7 +18,15 @@ from torch import Tensor
 
 from rewriter.kernels.launching import Config, Shipped, Unsupported, launch, precision
 from rewriter.kernels.linear_attention import hybrid_kernels, kernels
-from rewriter.kernels.linear_attention.launch_common import block, dense, keep_arguments, only, operands, pointer
+from rewriter.kernels.linear_attention.launch_common import (
+    SMALLEST,
+    block,
+    dense,
+    keep_arguments,
+    only,
+    operands,
+    pointer,
+)
 from rewriter.kernels.linear_attention.sequence import (
     Inputs,
     Past,
@@ -231,12 +239,13 @@ class Call:
         """Two running sums and two kinds of scores leave little room; where ranks and sinks come on top, less."""
         wide = self.q.dtype is torch.float32
         crowded = wide or (self.setting.block == "terrace" and self.setting.sinks > 0)
+        few = self.size == SMALLEST and not wide  # a step of decoding
         sizes = {
-            "BK": 16 if wide else 32,
+            "BK": 32 if few or (crowded and not wide) else 16,
             "BF": block(features, 32 if wide else 64),
             "BV": block(values, 32 if crowded else 64),
         }
-        return Config(sizes, num_warps=8, num_stages=1 if crowded else 2)
+        return Config(sizes, num_warps=4 if few else 8, num_stages=1 if crowded else 2)
 
 
 def example(

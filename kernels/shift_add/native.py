@@ -21,8 +21,6 @@ from rewriter.kernels.shift_add import codec, products, reference
 from rewriter.kernels.shift_add.products import BLOCK, LANES, Weight
 
 _HERE = Path(__file__).parent
-# Loops that matter are written as vectors: a higher level adds a second to every build and nothing else.
-_FLAGS = tuple("-O2" if flag == "-O3" else flag for flag in native.FLAGS)
 
 Like = tuple[torch.Size, torch.dtype]
 
@@ -236,7 +234,7 @@ def _group_of(place: Tensor, group: int, in_features: int) -> Tensor:
 
 
 def _library(source: str, **macros: int) -> ctypes.CDLL:
-    return native.library(_HERE / source, macros, products.FUNCTIONS, _FLAGS)
+    return native.library(_HERE / source, macros, products.FUNCTIONS)
 
 
 @cache

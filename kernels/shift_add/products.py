@@ -15,7 +15,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `Type` of lan
 
 _pack = struct.Struct("16q").pack  # `Call` of linear.h
 _CALL = ctypes.c_char_p
-FUNCTIONS = {
+FUNCTIONS: dict[str, list[Any]] = {
     "multiply": [_CALL],
     "decode": [_CALL, ctypes.c_void_p, ctypes.c_long, ctypes.c_long],
     "order": [_CALL],

@@ -70,8 +70,10 @@ def units(grads: list[Tensor], args: list[Any]) -> tuple[Tensor, ...]:
     grad, grad_log_z = (g.double().abs().unsqueeze(1) for g in grads)
     bias = torch.zeros(len(weight)) if bias is None else bias
     m = torch.ones(len(weight), dtype=torch.float64) if class_weight is None else class_weight
-    logits = x @ weight.T + bias
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits, slope = x @ weight.T + bias, 1.0
+    if softcap is not None:
+        ratio = logits / softcap
+        logits, slope = softcap * torch.tanh(ratio), (1 - torch.tanh(ratio) ** 2) * (1 + 2 * ratio.abs())
     kept = grad * (target != IGNORED).unsqueeze(1)
     token = target.clamp(min=0)
     own, each = (1 - smoothing) * kept * m[token].unsqueeze(1), smoothing / len(weight) * kept
@@ -79,7 +81,6 @@ def units(grads: list[Tensor], args: list[Any]) -> tuple[Tensor, ...]:
     log_z = torch.logsumexp(logits, 1, keepdim=True)
     both = logits.abs() + log_z.abs()
     terms = (own + each * m.sum() + grad_log_z) * (logits - log_z).exp() * (1 + both) + own * y + each * m
-    slope = 1.0 if softcap is None else 1 - (logits / softcap) ** 2
     to_class = ((1 - smoothing) * kept * y + each) * both
     through = terms * slope
     found = through @ weight.abs(), through.T @ x.abs(), through.sum(0), to_class.sum(0)

@@ -197,7 +197,7 @@ def test_hybrid_forward(case: tuple[torch.dtype, Values, float]) -> None:
 
 
 @pytest.mark.hypothesis
-@few(10)
+@few(6)
 @given(hybrid_calls(), st.integers(0, 2**20))
 def test_hybrid_gradients(case: tuple[torch.dtype, Values, float], seed: int) -> None:
     dtype, values, units = case
@@ -250,7 +250,7 @@ def test_delta_forward(case: tuple[torch.dtype, Values, float]) -> None:
 
 
 @pytest.mark.hypothesis
-@few(8)
+@few(6)
 @given(delta_calls(), st.integers(0, 2**20))
 def test_delta_gradients(case: tuple[torch.dtype, Values, float], seed: int) -> None:
     dtype, values, units = case
@@ -280,7 +280,7 @@ def feature_calls(draw: st.DrawFn) -> tuple[torch.dtype, Values, float]:
 
 
 @pytest.mark.hypothesis
-@few(8)
+@few(6)
 @given(feature_calls(), st.integers(0, 2**20))
 def test_features_and_their_gradients(case: tuple[torch.dtype, Values, float], seed: int) -> None:
     dtype, values, units = case
