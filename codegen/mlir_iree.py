@@ -24,7 +24,7 @@ _DEVICES = ("local-task", "local-sync")
 
 # -O3 without one of its parts. "Aggressive fusion" (from -O2 on; "all backends dont support it yet", says its help) puts
 # the producers of a padded or reduced tensor into one dispatch with it, which the CPU back end of IREE 3.13 then cannot
-# place: chunks of linear attention ("write affecting operations on global resources are restricted ..."), masks of
+# place: several linear attentions ("write affecting operations on global resources are restricted ..."), masks of
 # attention with dynamic sizes ("exceeded stack allocation limit").
 _FLAGS = (
     "--iree-llvmcpu-target-cpu=host",

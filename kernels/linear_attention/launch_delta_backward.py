@@ -29,7 +29,7 @@ def backward(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
         Unsupported: as the forward.
     """
     *inputs, needs = rest
-    x = launch_delta.prepared(*inputs, steps=False)
+    x = launch_delta.prepared(*[*inputs, False])
     batch, features, values = x.k.shape[0], x.k.shape[3], x.v.shape[3]
     inverses, raw = x.inverses(raw=True)
     last = x.k.new_empty((batch, x.heads, features, values), dtype=torch.float32)

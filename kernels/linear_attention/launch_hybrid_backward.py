@@ -216,7 +216,8 @@ class _Work:
             self.sizes, 8, 1, **self.linear, states_ptr=self.states, zs_ptr=self.zs, dq_map_ptr=dq, scaled_ptr=scaled,
             shifted_ptr=shifted,
         )  # fmt: skip
-        return dq, *(None if x is None else x.sum((0, 1, 3)) for x in (scaled, shifted))
+        dm, dg = (None if x is None else x.sum((0, 1, 3)) for x in (scaled, shifted))
+        return dq, dm, dg
 
     def key_maps(self, dstates: Tensor, dzs: Tensor) -> tuple[Tensor, Tensor | None]:
         """dφ_k of all positions ``[B, Hs, rows, F]``, and of each state its part of dλ."""

@@ -54,7 +54,8 @@ struct Planes {
             Bytes planes[4];
             UNROLLED
             for (int b = 0; b < 4; b++)  // a plane that is not there reads as the last one; its scale is 0
-                planes[b] = load_bytes(from + (4 * f + b < BITS ? 4 * f + b : BITS - 1) * bytes, WHOLE ? 64 : bytes - block * 16);
+                planes[b] = load_bytes(
+                    from + (4 * f + b < BITS ? 4 * f + b : BITS - 1) * bytes, WHOLE ? 64 : bytes - block * 16);
             transposed(index[f], planes);
         }
     }

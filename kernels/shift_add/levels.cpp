@@ -21,7 +21,8 @@ struct Packed {
 
 struct Kind {
     const Packed& w;
-    const long bytes = (w.in * BITS + 7) / 8, whole_blocks = bytes / (LANES * BITS), groups = (w.in + w.group - 1) / w.group;
+    const long bytes = (w.in * BITS + 7) / 8, whole_blocks = bytes / (LANES * BITS);
+    const long groups = (w.in + w.group - 1) / w.group;
     const long per = w.group >= w.in ? w.in : w.group / BLOCK;  // blocks in a group, for SPAN 128
 
     static constexpr bool DIRECT = DOT_PRODUCTS && BITS == 4 && SPAN == 128;

@@ -13,7 +13,7 @@
 //
 // and, if DIRECT, the same in bfloat16: `Shorts narrow(const Block&, int k)` and `place_narrow`.
 //
-// One row of x is bound by the bytes of W: weights are multiplied from registers. Of more rows the decoding is shared: a
+// One row of x is bound by the bytes of W: weights are multiplied from registers. More rows share the decoding: a
 // panel of rows of W is decoded, some columns at a time, to memory of the first cache, and multiplied from there.
 #pragma once
 
@@ -93,7 +93,8 @@ static inline void each_block(const Kind& kind, const typename Kind::Row& row, l
 
 // All vectors of a block at once: of one instruction several in a row keep more of the processor's pipes busy.
 template <class Form, class Kind>
-static inline void weights(typename Form::Vector to[Form::VECTORS], const Kind& kind, const typename Kind::Block& part) {
+static inline void weights(
+    typename Form::Vector to[Form::VECTORS], const Kind& kind, const typename Kind::Block& part) {
     UNROLLED
     for (int k = 0; k < Form::VECTORS; k++) to[k] = Form::weight(kind, part, k);
 }

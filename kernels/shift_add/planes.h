@@ -74,6 +74,7 @@ static inline void transposed(Ints words[4], const Bytes planes[4]) {
 #else
     uint8_t copy[4][64];
     memcpy(copy, planes, sizeof copy);
-    for (int q = 0; q < 4; q++) words[q] = transposed(&copy[0][16 * q], &copy[1][16 * q], &copy[2][16 * q], &copy[3][16 * q]);
+    for (int q = 0; q < 4; q++)
+        words[q] = transposed(&copy[0][16 * q], &copy[1][16 * q], &copy[2][16 * q], &copy[3][16 * q]);
 #endif
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``rewriter inspect | explain | plan | apply | optimize | diff | verify | passes | export``.
+"""The command line: ``rewriter inspect | explain | plan | apply | optimize | diff | kernels | verify | passes | export``.
 
 Exit codes: 0 done, 1 refused or a promise broken, 2 usage, 130 interrupted. Results go to stdout, alone and as JSON
 with ``--json``; progress and logs go to stderr. Output paths are tried before any work is done.

@@ -114,7 +114,7 @@ Seed = Annotated[
     ),
 ]
 Target = Annotated[
-    str | None, typer.Option(metavar="NAME", rich_help_panel=_HOW, help="cpu, cuda, hip or mlir; default by device.")
+    str | None, typer.Option(metavar="NAME", rich_help_panel=_HOW, help="cpu, cuda or hip; default: where the parameters are.")
 ]
 Strict = Annotated[bool, typer.Option(rich_help_panel=_HOW, help="Refuse to fall back to reference implementations.")]
 KeepOriginal = Annotated[

@@ -76,7 +76,7 @@ def test_every_option_of_optimize_has_a_flag() -> None:
 
 def test_help_shows_every_command_and_examples(run: Run) -> None:
     text = done(run("--help"))
-    commands = "inspect explain plan apply optimize diff verify passes export".split()
+    commands = "inspect explain plan apply optimize diff kernels verify passes export".split()
     assert all(f" {c} " in text for c in commands)
     for command in commands:
         help_text = done(run(command, "--help"))

@@ -259,7 +259,12 @@ def test_delta_gradients(case: tuple[torch.dtype, Values, float], seed: int) -> 
     needs = [isinstance(v, Tensor) and v.is_floating_point() for v in values]
     with interpreting():
         got = launch.delta_attention_backward(grads, *values, needs)
-    check(got, gradient("delta_attention", grads), [*values, needs], dtype, units)
+    terms = gradient("delta_attention", grads)(*wide(values), needs)
+    if values[4] is not None:
+        # A decay's gradient is a difference: what queries read of the state, less what is written after the step.
+        read = (values[0].double() * terms[0]).sum(-1).abs()
+        terms[4] = read if values[4].dim() == 3 else read.sum()
+    check(got, gradient("delta_attention", grads), [*values, needs], dtype, units, terms)
 
 
 @st.composite
