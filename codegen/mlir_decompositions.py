@@ -118,6 +118,20 @@ def _summed(operator: OpOverload) -> Callable[..., Any]:
     return replaced
 
 
+def _running(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+    """sᵢ = Σ xⱼ over j ≤ i, as a sum over a triangle where the last dimension is another one (states of chunks).
+
+    There IREE's scan keeps all that lies behind one step on the stack, which is small ("exceeded stack allocation limit").
+    """
+    dim %= max(x.dim(), 1)
+    if dim == x.dim() - 1 or not x.is_floating_point():
+        return _summed(aten.cumsum.default)(x, dim, dtype=dtype)
+    place = torch.arange(x.shape[dim], device=x.device)
+    earlier = (place <= place.unsqueeze(1)).reshape(*place.shape, *place.shape, *[1] * (x.dim() - 1 - dim))
+    terms = x.to(dtype or x.dtype).unsqueeze(dim)
+    return torch.where(earlier, terms, torch.zeros_like(terms)).sum(dim + 1)
+
+
 def _joined(x: Tensor, pad: list[int], value: float = 0.0) -> Any:
     """Padding with another number than 0 (the column of ones of linear attention) as ``cat``.
 
@@ -136,7 +150,8 @@ def _joined(x: Tensor, pad: list[int], value: float = 0.0) -> Any:
 
 _OWN: Table = {
     aten.constant_pad_nd.default: _joined,
-    **{op: _summed(op) for op in (aten.sum.default, aten.sum.dim_IntList, aten.cumsum.default)},
+    aten.cumsum.default: _running,
+    **{op: _summed(op) for op in (aten.sum.default, aten.sum.dim_IntList)},
     **{op: _constant(op) for op in (aten.arange.start_step, aten.full_like.default, aten.scalar_tensor.default)},
 }
 for _operator, *_spellings in (
