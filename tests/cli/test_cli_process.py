@@ -37,14 +37,18 @@ def place(tmp_path: Path) -> Path:
 
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.Popen(
-        [str(REWRITER), *arguments],
-        cwd=place,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:  # a shell that runs the tests in the background has SIGINT ignored, which the command would inherit
+        return subprocess.Popen(
+            [str(REWRITER), *arguments],
+            cwd=place,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -188,6 +188,7 @@ def test_check_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def write_half(target: Path, started: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
     with atomic_directory(target, anything) as folder:
         (folder / "a").write_text("half")
         started.send("writing")
