@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.kernels.cross_entropy.gradient import Gradients
-from rewriter.kernels.cross_entropy.reference import Pair, Targets, check, check_reduction, loss_dtype, reduced
+from rewriter.kernels.cross_entropy.reference import Pair, Targets, check, loss_dtype
 from rewriter.kernels.launching import Unsupported
 
 ROWS = 1024  # positions whose logits exist at a time
@@ -57,26 +57,6 @@ def linear_cross_entropy(
         rest = (log_z * which.weights.sum() - smooth) / weight.shape[0]
         loss = (1.0 - label_smoothing) * loss + label_smoothing * rest
     return torch.where(which.counted, loss, 0.0).reshape(target.shape), log_z.reshape(target.shape)
-
-
-def linear_cross_entropy_reduced(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    reduction: str,
-    chunk: int,
-) -> Tensor:
-    """As the reference."""
-    check_reduction(reduction)
-    losses, _ = linear_cross_entropy(
-        x, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap, chunk
-    )
-    return reduced(losses.sum(), target, class_weight, ignore_index, reduction)
 
 
 def linear_cross_entropy_backward(

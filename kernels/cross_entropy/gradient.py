@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rewriter.kernels.cross_entropy.reference import Targets, chunks, linear_cross_entropy
+from rewriter.kernels.cross_entropy.reference import Targets, chunks, linear_cross_entropy, loss_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 Summed = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -94,10 +94,18 @@ def linear_cross_entropy_sum(
     args = (x, weight, bias, target, class_weight)
     options = (ignore_index, label_smoothing, softcap, chunk)
     losses, log_z = linear_cross_entropy(*args, *options)
+    if not any(needed):
+        return losses.sum(), *no_gradients(x)
     ones, zeros = torch.ones_like(losses), torch.zeros_like(losses)
     found = gradients(ones, zeros, *args, log_z, *options, [*needed, False])
     to_x, to_weight, to_bias = (g.to(losses.dtype, copy=True) for g in found[:3])
     return losses.sum(), to_x, to_weight, to_bias
+
+
+def no_gradients(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three empty tensors, of memory of their own, as results of an operator must be."""
+    first, second, third = (x.new_empty(0, dtype=loss_dtype(x)) for _ in range(3))
+    return first, second, third
 
 
 def _to_class_weights(

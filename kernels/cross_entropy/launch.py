@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from rewriter.kernels.cross_entropy import kernels
-from rewriter.kernels.cross_entropy.gradient import Gradients, Summed
+from rewriter.kernels.cross_entropy.gradient import Gradients, Summed, no_gradients
 from rewriter.kernels.cross_entropy.reference import Pair, block_rows, check, check_reduction, reduced
 from rewriter.kernels.launching import Config, Grid, Shipped, Unsupported, launch, precision
 
@@ -166,6 +166,9 @@ def linear_cross_entropy_sum(
     """As the reference; logits of `block_rows` positions exist at a time, in the dtype of x."""
     check(x, weight, bias, target, class_weight, label_smoothing, softcap, chunk)
     _refuse(x, weight)
+    if not any(needed):  # then no logits need to exist
+        options = (ignore_index, label_smoothing, softcap, chunk)
+        return linear_cross_entropy(x, weight, bias, target, class_weight, *options)[0].sum(), *no_gradients(x)
     flat, which = x.reshape(x.shape[:-1].numel(), x.shape[-1]), target.reshape(-1).contiguous()
     count, classes = flat.shape[0], weight.shape[0]
     narrow, offsets = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

@@ -112,17 +112,17 @@ def _composite(
     reduction: str,
     chunk: int,
 ) -> Tensor:
-    """`linear_cross_entropy_sum` where gradients of x, weight or bias are asked for, else `linear_cross_entropy`."""
+    """`linear_cross_entropy_sum` with the gradients that are asked for; `linear_cross_entropy` where it cannot."""
     reference.check_reduction(reduction)
     arguments = (x, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap, chunk)
     needed = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, weight, bias)]
     # The sum has no gradient for class weights, and no batching rule.
     learns = class_weight is not None and class_weight.requires_grad
     whole = learns or torch._C._are_functorch_transforms_active()
-    if any(needed) and not whole:
-        total = linear_cross_entropy_sum(*arguments, needed)[0]
-    else:
+    if whole:
         total = linear_cross_entropy(*arguments)[0].sum()
+    else:
+        total = linear_cross_entropy_sum(*arguments, needed)[0]
     return reference.reduced(total, target, class_weight, ignore_index, reduction)
 
 
@@ -151,7 +151,7 @@ linear_cross_entropy_reduced: OpOverload = KernelSpec(
     cost=_reduced_cost,
     autocast=("x",),
     implementations={
-        "cpu": "rewriter.kernels.cross_entropy.blocked:linear_cross_entropy_reduced",
+        "cpu": "rewriter.kernels.cross_entropy.summed:linear_cross_entropy_reduced",
         "cuda": "rewriter.kernels.cross_entropy.launch:linear_cross_entropy_reduced",
     },
     composite=_composite,

@@ -23,7 +23,27 @@ from torch import Tensor
 
 from rewriter.kernels.cross_entropy.blocked import add_product
 from rewriter.kernels.cross_entropy.gradient import Summed
-from rewriter.kernels.cross_entropy.reference import Targets, block_rows, check, loss_dtype
+from rewriter.kernels.cross_entropy.reference import Targets, block_rows, check, check_reduction, loss_dtype, reduced
+
+
+def linear_cross_entropy_reduced(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    reduction: str,
+    chunk: int,
+) -> Tensor:
+    """As the reference: the sum below, without gradients."""
+    check_reduction(reduction)
+    total, *_ = linear_cross_entropy_sum(
+        x, weight, bias, target, class_weight, ignore_index, label_smoothing, softcap, chunk, (False, False, False)
+    )
+    return reduced(total, target, class_weight, ignore_index, reduction)
 
 
 def linear_cross_entropy_sum(
@@ -70,6 +90,8 @@ def linear_cross_entropy_sum(
         losses[rows] = to_own[rows] * (log_total + below)
         if smooth is not None:
             losses[rows] += to_each * ((maximum + log_total) * which.weights.sum() - smooth)
+        if not any(needed):
+            continue
         # ∂L = s P − o [i = y] − e m
         if not plain:
             through.mul_(to_share[rows])
